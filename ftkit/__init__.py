@@ -3,6 +3,7 @@
 Modules:
 
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
+- `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
 - `ftkit.formats`: From the rows people have to one schema: a list of messages, each with a role and a text
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character

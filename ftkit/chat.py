@@ -93,4 +93,4 @@ def stop_ids(tok # tokenizer with a chat template
     answer = 'x'
     text,(span,) = spans(tok, [dict(role='user', content='x'), dict(role='assistant', content=answer)])
     tail = tok(text[span.start+len(answer):span.end], add_special_tokens=False).input_ids
-    return sorted({*(tail if len(tail) == 1 else []), *filter(None.__ne__, [tok.eos_token_id])})
+    return sorted({*tail[:len(tail) == 1], tok.eos_token_id} - {None})

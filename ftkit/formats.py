@@ -21,6 +21,7 @@ class _Bad(Exception):
 
 def _shown(x): return f'{type(x).__name__} {str(x)[:40]!r}'
 
+# %% ../nbs/10_formats.ipynb #49056b24
 def _text(row, field, where=''):
     "The text in a field, which must be there and not blank"
     where = where or field

@@ -9,6 +9,7 @@ __all__ = ['generate']
 
 # %% ../nbs/60_generate.ipynb #7897b4a0
 from .chat import stop_ids
+from .core import progress
 from .mask import prompt_ids
 
 # %% ../nbs/60_generate.ipynb #66020ef9
@@ -21,14 +22,13 @@ def generate(model,             # any causal language model
             ):                  # list of answers, without special tokens
     "Answer every prompt; greedy unless `options` say otherwise"
     import torch
-    from tqdm.auto import tqdm
     chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     ids = [prompt_ids(tok, chat) for chat in chats]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     options = dict(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id) | options
     answers,was_training = [None]*len(ids),model.training
     model.eval()
-    for start in tqdm(range(0, len(ids), batch_size), 'answering', delay=5):
+    for start in progress(range(0, len(ids), batch_size), 'answering'):
         batch = order[start:start+batch_size]
         x = tok.pad({'input_ids': [ids[i] for i in batch]}, padding_side='left', return_tensors='pt').to(model.device)
         with torch.no_grad(): out = model.generate(**x, **options)

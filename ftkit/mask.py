@@ -9,7 +9,7 @@ which every loss ignores, everywhere else."""
 __all__ = ['tokenise', 'prompt_ids', 'encode', 'encode_dataset']
 
 # %% ../nbs/12_mask.ipynb #56ec3a40
-from .core import FtkitError
+from .core import FtkitError, progress
 from .chat import render, spans
 
 # %% ../nbs/12_mask.ipynb #fce7b7c8
@@ -55,9 +55,8 @@ def encode_dataset(tok,                  # tokenizer with a chat template
                   ):                     # `Dataset` with `input_ids` and `labels`
     "Encode every row; prints how many were too long, and raises `FtkitError` when none is left"
     from datasets import Dataset
-    from tqdm.auto import tqdm
     encoded = []
-    for i,row in enumerate(tqdm(ds, 'tokenising', delay=2), 1):
+    for i,row in enumerate(progress(ds, 'tokenising'), 1):
         try: encoded.append(encode(tok, row['messages'], train_on))
         except FtkitError as e: raise FtkitError(f'row {i}: {e}') from e
     lengths = [len(ex['input_ids']) for ex in encoded]

@@ -9,11 +9,14 @@
 __all__ = ['load_tokenizer', 'load_model', 'describe', 'save', 'load_tuned']
 
 # %% ../nbs/22_models.ipynb #602b2592
-import logging, os, shutil
+import logging, shutil
 from pathlib import Path
 from .core import FtkitError, need
 from .chat import set_template, stop_ids
 from .tiny import base
+
+# bitsandbytes warns on import that an optional CPU kernel is absent
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
 
 # %% ../nbs/22_models.ipynb #9853a7f0
 def _source(name):
@@ -51,14 +54,14 @@ def _base(name, tok, precision, quantize):
     "The frozen model, its embeddings grown to the tokenizer; (model, ids of the new tokens)"
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    if os.environ.get('IN_TEST'): disable_progress_bar()
+    source = _source(name)
+    if Path(source).is_dir(): disable_progress_bar() # reading a local file is quick; a download has a bar of its own
     options = dict(dtype=_dtype(precision))
     if quantize:
         need('bitsandbytes', 'qlora')
         options['quantization_config'] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=_dtype(precision))
-    try: model = AutoModelForCausalLM.from_pretrained(_source(name), **options)
+    try: model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as e: raise FtkitError(f'{name}: no model there, neither as a folder nor on the Hub: {str(e).splitlines()[0]}') from e
     new = _grow(model, tok)
     model.generation_config.update(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)

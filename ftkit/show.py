@@ -10,7 +10,6 @@ __all__ = ['View', 'show_tokens', 'loss_curve', 'before_after', 'answers', 'tran
 
 # %% ../nbs/70_show.ipynb #2292d783
 from html import escape
-from .evaluate import Score
 
 # %% ../nbs/70_show.ipynb #fd506678
 class View:

@@ -9,7 +9,7 @@
 __all__ = ['OBJECTIVES', 'Objective', 'Run', 'read_log', 'last_checkpoint', 'train']
 
 # %% ../nbs/40_train.ipynb #6bc5613a
-import json, os, shutil
+import json, os, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Device, FtkitError
@@ -58,6 +58,7 @@ class Run:
         "The folder of the tuned model"
         return self.path/'adapter'
 
+# %% ../nbs/40_train.ipynb #f3467ecc
 def read_log(path # folder of a run
             ):    # list of dicts
     "The log of a run, finished or not"
@@ -68,13 +69,25 @@ def _write_whole(path, text):
     tmp.write_text(text)
     tmp.replace(path)
 
-def _logger(path):
-    "A callback that keeps `log.jsonl` equal to the trainer's own history, which a resumed run restores"
+# %% ../nbs/40_train.ipynb #384df0d2
+def _callbacks(path):
+    "`log.jsonl`, kept equal to the trainer's own history, which a resumed run restores; and a progress bar with the losses"
+    from tqdm import tqdm
     from transformers import TrainerCallback
+
     class Log(TrainerCallback):
         def on_log(self, args, state, control, **kwargs):
             _write_whole(path/'log.jsonl', ''.join(json.dumps(entry)+'\n' for entry in state.log_history))
-    return Log()
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar,self.shown = tqdm(total=state.max_steps, initial=state.global_step, desc='training', disable=bool(os.environ.get('IN_TEST'))),{}
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.shown |= {name: f'{logs[key]:.3f}' for key,name in (('loss', 'loss'), ('eval_loss', 'held-out')) if key in logs}
+            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.update(state.global_step-self.bar.n)
+        def on_train_end(self, args, state, control, **kwargs): self.bar.close()
+    return [Log, Bar]
 
 # %% ../nbs/40_train.ipynb #624407bd
 def last_checkpoint(path # folder of a run
@@ -88,15 +101,15 @@ def last_checkpoint(path # folder of a run
         except (OSError, ValueError): pass
 
 # %% ../nbs/40_train.ipynb #f0a7909f
-def _arguments(out, steps, options, evaluate):
+def _arguments(out, options, evaluate, fresh):
     "`TrainingArguments`: what fits most LoRA runs, under what the caller asks for"
     from transformers import TrainingArguments
     device = Device.detect()
     defaults = dict(max_steps=150, per_device_train_batch_size=8, per_device_eval_batch_size=32, learning_rate=2e-4,
         lr_scheduler_type='linear', warmup_steps=5, weight_decay=0., logging_steps=1, save_steps=50, save_total_limit=2,
-        eval_strategy='steps' if evaluate else 'no', eval_steps=50, eval_on_start=evaluate, report_to='none', remove_unused_columns=True,
+        eval_strategy='steps' if evaluate else 'no', eval_steps=50, eval_on_start=evaluate and fresh, report_to='none', remove_unused_columns=True,
         seed=0, use_cpu=device.kind == 'cpu', bf16=device.bf16, fp16=device.kind == 'cuda' and not device.bf16,
-        dataloader_pin_memory=device.kind == 'cuda', disable_tqdm=bool(os.environ.get('IN_TEST')), prediction_loss_only=True)
+        dataloader_pin_memory=device.kind == 'cuda', disable_tqdm=True, prediction_loss_only=True)
     try: return TrainingArguments(output_dir=str(out), **{**defaults, **options})
     except (TypeError, ValueError) as e: raise FtkitError(f'training options: {e}') from e
 
@@ -117,13 +130,17 @@ def train(model,           # from `load_model`
     used = out.exists() and any(out.iterdir())
     if used and not (resume or overwrite): raise FtkitError(f'{out} already holds something: resume to go on, overwrite to start anew, or choose another folder')
     data,eval_data = [ds if ds is None else obj.prepare(tok, ds, max_length=max_length) for ds in (data, eval_data)]
-    args = _arguments(out, len(data), options, eval_data is not None)
+    checkpoint = last_checkpoint(out) if resume else None
+    args = _arguments(out, options, eval_data is not None, fresh=checkpoint is None)
     if used and overwrite and not resume: shutil.rmtree(out)
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=obj.collate(tok),
-                      compute_loss_func=_reduced(obj.loss), callbacks=[_logger(out)])
+                      compute_loss_func=_reduced(obj.loss), callbacks=_callbacks(out))
     trainer.remove_callback(PrinterCallback)
     out.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=resume and used and last_checkpoint(out))
+    with warnings.catch_warnings():
+        # PEFT says so at every checkpoint of a model with new tokens
+        warnings.filterwarnings('ignore', 'Setting `save_embedding_layers`')
+        trainer.train(resume_from_checkpoint=checkpoint)
     save(model, tok, out/'adapter')
     log = read_log(out)
     return Run(out, log, {k:v for entry in log for k,v in entry.items()})

@@ -10,7 +10,7 @@ __all__ = ['reply', 'chat_box']
 # %% ../nbs/71_widgets.ipynb #4ea9558b
 import os
 from .generate import generate
-from .show import View, transcript
+from .show import transcript
 
 # %% ../nbs/71_widgets.ipynb #80969dce
 def reply(model, tok, messages, # the conversation so far

@@ -1,0 +1,49 @@
+# Every target makes .venv first when it is missing. Nothing else is needed but Python 3.11 and make.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3))
+BIN := .venv/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check export sync lint notebooks pytest docs lab readme
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.installed  ## the first fine-tune, from the base model to a chat
+	python examples/demo.py
+
+test: check  ## everything
+check: sync lint notebooks pytest
+
+export: .venv/.installed  ## after editing a notebook: modules, packaged settings, README, clean notebooks
+	cp settings.ini ftkit/assets/
+	nbdev-export
+	nbdev-clean
+	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(images/#(nbs/images/#; s#(tutorials/#(nbs/tutorials/#' > README.md
+
+sync: .venv/.installed  # is everything that is made from the notebooks up to date?
+	@old=$$(mktemp -d) && cp -r ftkit nbs README.md $$old && $(MAKE) -s export && \
+	diff -rq -x __pycache__ -x runs -x .ipynb_checkpoints $$old/ftkit ftkit && diff -rq -x runs -x .ipynb_checkpoints $$old/nbs nbs && diff -q $$old/README.md README.md || \
+	{ echo "these were stale and have been made again: look at them and commit"; exit 1; }
+
+lint: .venv/.installed
+	ruff check .
+	chkstyle nbs
+
+notebooks: export OMP_NUM_THREADS = 1
+notebooks: .venv/.installed
+	nbdev-test --n-workers 2 --timing
+
+pytest: export OMP_NUM_THREADS = 1
+pytest: .venv/.installed
+	python -m pytest
+
+docs: .venv/.installed  ## the site, in _docs/index.html
+	python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, skip_folder_re='^[_.]|^runs$$')"
+	sphinx-build -E -W --keep-going -q -b html -c docs _proc _docs
+
+lab: .venv/.installed  ## JupyterLab on the notebooks
+	jupyter lab nbs

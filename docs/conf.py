@@ -1,0 +1,80 @@
+"The docs site: Sphinx reads what `nbdev.serve.proc_nbs` wrote to `_proc`, and does here what nbdev leaves to Quarto"
+import json
+import re
+
+import yaml
+from nbdev.config import nbpath2html
+
+REPO,SITE = 'https://github.com/ftkit/ftkit', 'https://ftkit.github.io/ftkit'
+FOLDERS = 'tutorials', 'explanations'
+FLOORS = {0: 'Core', 5: 'Decide', 10: 'Data', 20: 'Model', 30: 'Objective', 40: 'Learn', 50: 'Watch', 60: 'Deliver', 70: 'Face'}
+TAGS = {'echo: false': 'remove-input', 'output: false': 'remove-output', 'code-fold: true': 'hide-input'}
+STYLE = '''<style>
+.subtitle {font-size: 1.25em; opacity: .75}
+.source {float: right; margin-top: -2.4em; font-size: .8em}
+.bd-article pre {font-size: .8rem}
+.cell_output .text_html pre {color: inherit}
+:is(.bd-article :is(h2, h3), .page-toc) code {padding: 0; border: 0; background: none; color: inherit}
+</style>'''
+
+project = html_title = 'ftkit'
+author = 'the ftkit team'
+root_doc = 'index'
+include_patterns = ['**.ipynb']
+extensions = ['myst_nb']
+nb_execution_mode = 'off'
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath', 'attrs_inline', 'colon_fence']
+myst_heading_anchors = 3
+suppress_warnings = ['myst.header'] # a symbol is an H3 also where no H2 stands above it; Sphinx nests it all the same
+html_theme = 'sphinx_book_theme'
+html_copy_source = html_use_index = False
+html_theme_options = dict(repository_url=REPO, repository_branch='main', path_to_docs='nbs', use_repository_button=True,
+    use_issues_button=True, use_source_button=True, use_download_button=False, navbar_persistent=[], show_toc_level=2,
+    launch_buttons=dict(colab_url='https://colab.research.google.com'))
+
+def contents(docs):
+    "Hidden tables of contents: a chapter for each folder, then one for each floor of the modules"
+    chapters = {o: [] for o in (*FOLDERS, *FLOORS.values())}
+    for doc in sorted(docs):
+        folder,_,name = doc.rpartition('/')
+        chapters[folder or FLOORS[max(o for o in FLOORS if o <= int(name[:2]))]].append(doc)
+    return [':::{toctree}\n:hidden:\n:caption: ' + '\n'.join([o.capitalize(), '', *c, ':::']) for o,c in chapters.items() if c]
+
+def link(text, env):
+    "Point nbdev's links (mask.html#encode) at the pages of this site (/12_mask.ipynb#encode)"
+    pages = {nbpath2html(f'{doc}.ipynb').as_posix(): doc for doc in env.found_docs}
+    def repl(m):
+        if not (doc := pages.get(m[1])): return m[0]
+        page = env.doc2path(doc).read_text(encoding='utf-8').lower()
+        names = m[2], m[2].partition('.')[0] # a method without a heading of its own is found under its class
+        return f'](/{doc}.ipynb' + next(('#' + o.replace('.', '') for o in names if rf'### {o}\n' in page), '') + ')'
+    return re.sub(rf'\]\((?:{SITE})?/([\w/-]+\.html)#?([\w.]*)\)', repl, text)
+
+def symbol(m): return f'{m[2]} `{m[3]}`' + (f'\n\n[source]({REPO}{m[1]}){{.source}}' if m[1] else '')
+
+def read(app, docname, source):
+    "Front matter becomes the title, what `show_doc` wrote becomes prose with headings, Quarto's directives become tags"
+    nb = json.loads(source[0])
+    nb['metadata'].setdefault('language_info', dict(name='python', pygments_lexer='ipython3'))
+    for cell in nb['cells']:
+        kind,text = cell['cell_type'], ''.join(cell['source'])
+        if kind == 'raw' and text.startswith('---'):
+            meta = yaml.safe_load(text.strip().strip('-'))
+            toc = contents(app.env.found_docs - {root_doc}) if docname == root_doc else []
+            kind,text = 'markdown', '\n\n'.join([f"# {meta['title']}", f"[{meta.get('description', '')}]{{.subtitle}}", *toc])
+        elif kind == 'code' and re.search('^show_doc', text, re.M) and cell['outputs']:
+            kind,text = 'markdown', ''.join(cell.pop('outputs')[0]['data']['text/markdown'])
+            del cell['execution_count']
+            text = re.sub(r'^---\s+(?:\[source\]\(\S*?(/blob/\S+?)(?:#LNone)?\)\{.*?\}\s+)?(#+) (.*)', symbol, text)
+        elif kind == 'code': cell['metadata'].setdefault('tags', []).extend(tag for o,tag in TAGS.items() if f'#| {o}' in text)
+        text = re.sub(r'^#\|.*\n?', '', text, flags=re.M)
+        cell.update(cell_type=kind, source=link(text, app.env) if kind == 'markdown' else text)
+    source[0] = json.dumps(nb)
+
+def style(app, page, template, context, doctree): context['metatags'] = context.get('metatags', '') + STYLE
+
+def setup(app):
+    "Sphinx calls this"
+    app.connect('source-read', read)
+    app.connect('html-page-context', style)

@@ -1,0 +1,61 @@
+"Against TRL: the same data, seed and model must cost the same at every step"
+import pytest, torch
+from ftkit.chat import set_template
+from ftkit.tasks import rows
+from ftkit.tiny import tiny
+
+STEPS = 20
+
+def settings(out):
+    return dict(output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type='linear', warmup_steps=5,
+                weight_decay=0., logging_steps=1, seed=0, use_cpu=True, bf16=False, report_to='none', save_strategy='no', disable_tqdm=True)
+
+def losses(log): return torch.tensor([entry['loss'] for entry in log if 'loss' in entry])
+
+def chat_model():
+    tok,model = tiny()
+    set_template(tok)
+    return tok, model
+
+def trl_losses(data, out, **extra):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    tok,model = chat_model()
+    config = SFTConfig(**{**settings(out), **extra}, assistant_only_loss=True, max_length=None, packing=False, gradient_checkpointing=False)
+    trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list([dict(messages=r['messages']) for r in data]), processing_class=tok)
+    trainer.train()
+    return losses(trainer.state.log_history)
+
+def ftkit_losses(data, out, **extra):
+    from ftkit.train import train
+    tok,model = chat_model()
+    options = {k:v for k,v in settings(out).items() if k != 'output_dir'}
+    return losses(train(model, tok, data, out=out, **{**options, **extra}).log)
+
+@pytest.mark.parametrize('extra', [{}, dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)], ids=['batch of 8', '4 times 2'])
+def test_sft_equals_trl_at_every_step(tmp_path, extra):
+    data = rows(200)
+    ours,theirs = ftkit_losses(data, tmp_path/'ours', **extra),trl_losses(data, tmp_path/'theirs', **extra)
+    assert len(ours) == STEPS
+    print(f'largest difference over {STEPS} steps: {(ours-theirs).abs().max():.1e}')
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert ours[0] > 5 and ours[-1] < ours[0]-1, 'a run that learns nothing would compare nothing'
+
+def test_a_different_mask_is_noticed(tmp_path):
+    data = rows(200)
+    theirs = trl_losses(data, tmp_path/'theirs')
+    everything = ftkit_losses([dict(messages=r['messages'][:1]+[dict(role='assistant', content=r['messages'][1]['content']+'.')]) for r in data], tmp_path/'ours')
+    assert (everything-theirs).abs().max() > 1e-2
+
+@pytest.mark.parametrize('name', ['qwen2_5_training', 'llama3_training', 'qwen3_training'])
+def test_labels_equal_the_templates_own_marks(shared, name):
+    "Spans found by rendering against the masks transformers takes from {% generation %} marks"
+    from ftkit.mask import encode
+    tok,_ = tiny()
+    tok.chat_template = (shared/'templates'/'trl'/f'{name}.jinja').read_text()
+    chat = [dict(role='user', content='2 + 2?'), dict(role='assistant', content='It is 4.'), dict(role='user', content='3 + 3?'), dict(role='assistant', content='6')]
+    marks = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    ours = encode(tok, chat)
+    assert ours['input_ids'] == list(marks['input_ids'])
+    trained = [tok.decode([i for i,m in zip(marks['input_ids'], mask) if m]) for mask in (marks['assistant_masks'], [l != -100 for l in ours['labels']])]
+    assert "".join(trained[1].split()) == "".join(trained[0].split()), 'equal but for white space after the end of a turn, which we do not train'
