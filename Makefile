@@ -22,7 +22,7 @@ export: .venv/.installed  ## after editing a notebook: modules, packaged setting
 	cp settings.ini ftkit/assets/
 	nbdev-export
 	nbdev-clean
-	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(images/#(nbs/images/#; s#(tutorials/#(nbs/tutorials/#' > README.md
+	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(images/#(nbs/images/#; s#(\(tutorials/\|[0-9]\)\([0-9a-z_]*\.ipynb)\)#(nbs/\1\2#g' > README.md
 
 sync: .venv/.installed  # is everything that is made from the notebooks up to date?
 	@old=$$(mktemp -d) && cp -r ftkit nbs README.md $$old && $(MAKE) -s export && \

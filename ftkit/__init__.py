@@ -5,13 +5,17 @@ Modules:
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
+- `ftkit.evaluate`: How many held-out questions are answered right
 - `ftkit.formats`: From the rows people have to one schema: a list of messages, each with a role and a text
+- `ftkit.generate`: Ask a model, one question or a thousand
+- `ftkit.logps`: How likely the model finds each token it should have written
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
-- `ftkit.train`: One trainer for every objective, resumable after any interruption"""
+- `ftkit.train`: One trainer for every objective, resumable after any interruption
+- `ftkit.widgets`: Thin controls over the views: type, and see"""
 
 __version__ = "0.1.0"

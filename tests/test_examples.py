@@ -1,0 +1,49 @@
+"Every script of examples/ runs, the README's code runs, and what the notebooks store is fit to be shown"
+import json, re, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not {'.ipynb_checkpoints', 'runs'} & {*p.parts}]
+
+def test_examples_are_short():
+    for path in (ROOT/'examples').glob('*.py'): assert len(path.read_text().splitlines()) <= 60, path
+
+def test_pretraining_repeats_itself(tmp_path):
+    "Same seed, same weights; and the loss on unseen text is far below that of a random model"
+    digests = []
+    for name in ('a', 'b'):
+        out = subprocess.run([sys.executable, ROOT/'examples'/'pretrain_base.py', '--out', tmp_path/name, '--tokens', '30000', '--rows', '4'], check=True, capture_output=True, text=True).stdout
+        digests.append((tmp_path/name/'model.safetensors').read_bytes())
+    assert digests[0] == digests[1]
+    assert float(out.split('loss on unseen text: ')[1]) < 6.5
+
+def test_demo(tmp_path):
+    "The main job, as `make demo` runs it"
+    out = subprocess.run([sys.executable, ROOT/'examples'/'demo.py'], check=True, capture_output=True, text=True).stdout
+    share = [float(x) for x in re.search(r'^all +([\d.]+)% +([\d.]+)%$', out, re.M).groups()]
+    print(out)
+    assert share[0] <= 10 and share[1] >= 80
+    page = (ROOT/'build'/'first_fine_tune.html').read_text()
+    assert 'are trained (green)' in page and 'data:image/png;base64' in page
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="http', page), 'the page needs nothing from the network'
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    code = re.search(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('IN_TEST', '1')
+    short = code.replace('max_steps=150', 'max_steps=2').replace('rows(4800)', 'rows(64)').replace('rows(320', 'rows(16')
+    assert short != code
+    exec(short, {})
+    assert (tmp_path/'runs'/'first'/'adapter'/'adapter_model.safetensors').exists()
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_are_fit_to_show(path):
+    nb = json.loads(path.read_text())
+    assert 'widgets' not in nb['metadata'], 'GitHub does not render such a notebook'
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    outputs = [o for c in code for o in c['outputs']]
+    assert path.stem == 'index' or outputs, 'outputs are committed'
+    assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
+    text = json.dumps(outputs)
+    assert str(ROOT) not in text and '/root/' not in text and '/tmp/' not in text and 'object at 0x' not in text

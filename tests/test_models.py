@@ -1,0 +1,97 @@
+"Loading, tuning and saving: what must not change does not, and what is saved comes back"
+import hashlib
+import pytest, torch
+from ftkit.core import FtkitError
+from ftkit.models import load_model, load_tokenizer, load_tuned, save
+from ftkit.tasks import rows
+from ftkit.train import read_log, train
+
+def digest(model):
+    "Hash of every weight that is not trained"
+    h = hashlib.sha256()
+    for _,p in sorted(model.named_parameters(), key=lambda np: np[0]):
+        if not p.requires_grad: h.update(p.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+def logits(model, tok):
+    ids = tok('The capital of France is', return_tensors='pt').input_ids
+    model.eval()
+    with torch.no_grad(): return model(input_ids=ids).logits
+
+@pytest.mark.parametrize('adapter', ['lora', 'qlora', 'full'])
+def test_tuned_saved_and_loaded(tmp_path, monkeypatch, adapter):
+    monkeypatch.setenv('IN_TEST', '1')
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok, adapter)
+    frozen,before = digest(model),logits(model, tok)
+    run = train(model, tok, rows(160), out=tmp_path/'run', max_steps=10, per_device_train_batch_size=16, learning_rate=2e-3)
+    losses = [e['loss'] for e in run.log if 'loss' in e]
+    assert losses[-1] < losses[0]-1
+    assert digest(model) == frozen, 'the base never changes'
+    tuned = logits(model, tok)
+    assert (tuned-before).abs().max() > .1
+    tok2,model2 = load_tuned(run.path)
+    assert tok2.chat_template == tok.chat_template and tok2.pad_token == tok.pad_token != tok2.eos_token
+    torch.testing.assert_close(logits(model2, tok2), tuned, atol=0, rtol=0)
+
+def test_the_digest_sees_a_changed_weight():
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok)
+    before = digest(model)
+    with torch.no_grad(): next(p for p in model.parameters() if not p.requires_grad)[0, 0] += 1e-6
+    assert digest(model) != before
+
+def test_plain_transformers_and_peft_load_what_is_saved(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ftkit.tiny import base
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base()).parameters()) < 3e6
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok)
+    for p in model.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=.02)
+    save(model, tok, tmp_path/'tuned')
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'tuned'), AutoTokenizer.from_pretrained(tmp_path/'tuned')), logits(model, tok))
+
+def test_saving_over_an_old_model_leaves_only_the_new(tmp_path):
+    tok = load_tokenizer('embedded')
+    (tmp_path/'tuned').mkdir()
+    (tmp_path/'tuned'/'old.txt').write_text('old')
+    save(load_model('embedded', tok), tok, tmp_path/'tuned')
+    assert [p.name for p in tmp_path.iterdir()] == ['tuned'] and not (tmp_path/'tuned'/'old.txt').exists()
+
+def test_saving_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok)
+    old = save(model, tok, tmp_path/'tuned')
+    content = (old/'adapter_model.safetensors').read_bytes()
+    for p in model.parameters():
+        if p.requires_grad: torch.nn.init.ones_(p)
+    monkeypatch.setattr(type(tok), 'save_pretrained', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError): save(model, tok, tmp_path/'tuned')
+    assert (old/'adapter_model.safetensors').read_bytes() == content
+
+def test_all_rows_of_an_epoch_are_seen_when_steps_follow_from_epochs(tmp_path, monkeypatch):
+    monkeypatch.setenv('IN_TEST', '1')
+    tok = load_tokenizer('embedded')
+    train(load_model('embedded', tok), tok, rows(50), out=tmp_path/'run', max_steps=-1, num_train_epochs=2, per_device_train_batch_size=16)
+    assert max(e['step'] for e in read_log(tmp_path/'run')) == 8
+
+def test_unknown_adapter():
+    with pytest.raises(FtkitError, match='use lora, qlora, full or None'): load_model('embedded', load_tokenizer('embedded'), 'loro')
+
+def test_a_4bit_model_trains_the_same_after_an_evaluation():
+    "bitsandbytes' CPU kernel for inference has no gradient: a model once evaluated must not be left on it"
+    tok = load_tokenizer('embedded')
+    ids = tok('The capital of France is Paris.', return_tensors='pt').input_ids
+    def gradient(evaluate):
+        model = load_model('embedded', tok, 'qlora')
+        for n,p in model.named_parameters():
+            if 'lora_B' in n: torch.nn.init.constant_(p, .01)
+        if evaluate: logits(model, tok)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n:p.grad.clone() for n,p in model.named_parameters() if p.requires_grad}
+    fresh,evaluated = gradient(False),gradient(True)
+    assert all(g.abs().max() > 0 for g in fresh.values())
+    for n,g in fresh.items(): torch.testing.assert_close(evaluated[n], g, atol=0, rtol=0)
