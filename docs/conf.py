@@ -7,7 +7,8 @@ from nbdev.config import nbpath2html
 
 REPO,SITE = 'https://github.com/ftkit/ftkit', 'https://ftkit.github.io/ftkit'
 FOLDERS = 'tutorials', 'explanations'
-FLOORS = {0: 'Core', 5: 'Decide', 10: 'Data', 20: 'Model', 30: 'Objective', 40: 'Learn', 50: 'Watch', 60: 'Deliver', 70: 'Face'}
+FLOORS = {0: 'Core', 5: 'Decide', 10: 'Data', 20: 'Model', 30: 'Objective', 40: 'Learn', 50: 'Watch',
+          60: 'Deliver', 70: 'Face'}
 TAGS = {'echo: false': 'remove-input', 'output: false': 'remove-output', 'code-fold: true': 'hide-input'}
 STYLE = '''<style>
 .subtitle {font-size: 1.25em; opacity: .75}
@@ -29,9 +30,9 @@ myst_heading_anchors = 3
 suppress_warnings = ['myst.header'] # a symbol is an H3 also where no H2 stands above it; Sphinx nests it all the same
 html_theme = 'sphinx_book_theme'
 html_copy_source = html_use_index = False
-html_theme_options = dict(repository_url=REPO, repository_branch='main', path_to_docs='nbs', use_repository_button=True,
-    use_issues_button=True, use_source_button=True, use_download_button=False, navbar_persistent=[], show_toc_level=2,
-    launch_buttons=dict(colab_url='https://colab.research.google.com'))
+html_theme_options = dict(repository_url=REPO, repository_branch='main', path_to_docs='nbs',
+    use_repository_button=True, use_issues_button=True, use_source_button=True, use_download_button=False,
+    navbar_persistent=[], show_toc_level=2, launch_buttons=dict(colab_url='https://colab.research.google.com'))
 
 def contents(docs):
     "Hidden tables of contents: a chapter for each folder, then one for each floor of the modules"
@@ -39,7 +40,8 @@ def contents(docs):
     for doc in sorted(docs):
         folder,_,name = doc.rpartition('/')
         chapters[folder or FLOORS[max(o for o in FLOORS if o <= int(name[:2]))]].append(doc)
-    return [':::{toctree}\n:hidden:\n:caption: ' + '\n'.join([o.capitalize(), '', *c, ':::']) for o,c in chapters.items() if c]
+    toc = ':::{toctree}\n:hidden:\n:caption: '
+    return [toc + '\n'.join([o.capitalize(), '', *c, ':::']) for o,c in chapters.items() if c]
 
 def link(text, env):
     "Point nbdev's links (mask.html#encode) at the pages of this site (/12_mask.ipynb#encode)"
@@ -54,7 +56,7 @@ def link(text, env):
 def symbol(m): return f'{m[2]} `{m[3]}`' + (f'\n\n[source]({REPO}{m[1]}){{.source}}' if m[1] else '')
 
 def read(app, docname, source):
-    "Front matter becomes the title, what `show_doc` wrote becomes prose with headings, Quarto's directives become tags"
+    "Front matter becomes the title, `show_doc`'s output prose with headings, Quarto's directives tags"
     nb = json.loads(source[0])
     nb['metadata'].setdefault('language_info', dict(name='python', pygments_lexer='ipython3'))
     for cell in nb['cells']:
@@ -62,12 +64,15 @@ def read(app, docname, source):
         if kind == 'raw' and text.startswith('---'):
             meta = yaml.safe_load(text.strip().strip('-'))
             toc = contents(app.env.found_docs - {root_doc}) if docname == root_doc else []
-            kind,text = 'markdown', '\n\n'.join([f"# {meta['title']}", f"[{meta.get('description', '')}]{{.subtitle}}", *toc])
+            head = [f"# {meta['title']}", f"[{meta.get('description', '')}]{{.subtitle}}"]
+            kind,text = 'markdown', '\n\n'.join(head + toc)
         elif kind == 'code' and re.search('^show_doc', text, re.M) and cell['outputs']:
             kind,text = 'markdown', ''.join(cell.pop('outputs')[0]['data']['text/markdown'])
             del cell['execution_count']
             text = re.sub(r'^---\s+(?:\[source\]\(\S*?(/blob/\S+?)(?:#LNone)?\)\{.*?\}\s+)?(#+) (.*)', symbol, text)
-        elif kind == 'code': cell['metadata'].setdefault('tags', []).extend(tag for o,tag in TAGS.items() if f'#| {o}' in text)
+        elif kind == 'code':
+            tags = [tag for o,tag in TAGS.items() if f'#| {o}' in text]
+            cell['metadata'].setdefault('tags', []).extend(tags)
         text = re.sub(r'^#\|.*\n?', '', text, flags=re.M)
         cell.update(cell_type=kind, source=link(text, app.env) if kind == 'markdown' else text)
     source[0] = json.dumps(nb)

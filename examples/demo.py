@@ -20,13 +20,14 @@ def execute(nb, folder):
         if text := heading(cell): print(f'{time.time()-start:5.0f} s  {text}', flush=True)
     # IN_TEST: no progress bars and the static twins of widgets, as nothing can be clicked in a page
     env = {**os.environ, 'IN_TEST': '1'}
-    client = NotebookClient(nb, timeout=1800, kernel_name='python3', resources={'metadata': {'path': str(folder)}}, on_cell_start=say)
+    client = NotebookClient(nb, timeout=1800, kernel_name='python3', on_cell_start=say,
+                            resources={'metadata': {'path': str(folder)}})
     client.execute(env=env, stderr=subprocess.DEVNULL) # the kernel's own chatter; a cell's error is raised here
     return time.time()-start
 
 def printed(nb, word):
     "The text of the last output that contains a word"
-    texts = [o.data['text/plain'] for c in nb.cells for o in c.get('outputs', []) if 'data' in o and 'text/plain' in o.data]
+    texts = [o.data.get('text/plain', '') for c in nb.cells for o in c.get('outputs', []) if 'data' in o]
     return [t for t in texts if word in t][-1]
 
 def main():
@@ -37,8 +38,10 @@ def main():
     seconds = execute(nb, build)
     nbformat.write(nb, build/'first_fine_tune.ipynb')
     page = HTMLExporter(mathjax_url='', require_js_url='', embed_images=True)
-    (build/'first_fine_tune.html').write_text(page.from_notebook_node(nb, {'metadata': {'name': 'Your first fine-tune'}})[0])
-    print(f"\n{printed(nb, 'right answers')}\n\n{seconds:.0f} seconds. Look at build/first_fine_tune.html, or open build/first_fine_tune.ipynb.")
+    html,_ = page.from_notebook_node(nb, {'metadata': {'name': 'Your first fine-tune'}})
+    (build/'first_fine_tune.html').write_text(html)
+    print(f"\n{printed(nb, 'right answers')}\n\n{seconds:.0f} seconds. "
+          'Look at build/first_fine_tune.html, or open build/first_fine_tune.ipynb.')
     print('Talk to the tuned model: .venv/bin/ftkit chat build/runs/first')
 
 if __name__ == '__main__': main()

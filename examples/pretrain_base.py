@@ -1,4 +1,4 @@
-"Pre-train the base model that ships inside ftkit, from nothing but `ftkit.tasks.raw_text`: about 35 minutes on two cores"
+"Pre-train ftkit's base model on nothing but `ftkit.tasks.raw_text`: about 35 minutes on two cores"
 import random, time
 import torch
 from fastcore.script import call_parse
@@ -21,7 +21,7 @@ def lm_loss(model, ids):
     return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 def optimizers(model, steps):
-    "Muon for the matrices inside the blocks, AdamW for embeddings and norms; 50 steps up, then down over the last 40%"
+    "Muon for matrices inside the blocks, AdamW for embeddings and norms; 50 steps up, down over the last 40%"
     inside = [p for n,p in model.named_parameters() if p.ndim == 2 and 'embed' not in n]
     rest = [p for n,p in model.named_parameters() if p.ndim < 2 or 'embed' in n]
     opts = [torch.optim.Muon(inside, lr=.01, weight_decay=.01),
@@ -50,7 +50,8 @@ def main(out:str,               # folder for model and tokenizer
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for o,s in zip(opts, schedules): o.step(); s.step(); o.zero_grad()
         if step % 100 == 0 or step == steps-1:
-            print(f'step {step} of {steps}, loss {loss:.3f}, {(step+1)*rows*length/(time.time()-start):,.0f} tokens/s', flush=True)
+            speed = (step+1)*rows*length/(time.time()-start)
+            print(f'step {step} of {steps}, loss {loss:.3f}, {speed:,.0f} tokens/s', flush=True)
         if step % 1000 == 999: model.save_pretrained(out); tok.save_pretrained(out)
     model.save_pretrained(out)
     tok.save_pretrained(out)

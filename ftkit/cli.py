@@ -1,7 +1,9 @@
 """`ftkit sft` tunes a model on your file, `ftkit chat` talks to it
 
-`ftkit sft DATA --model MODEL --out OUT` does for your own file what the first tutorial does for its tasks, and `ftkit chat OUT` talks to the result. Settings come from the
-run profile of this machine (`settings.ini`) unless an option says otherwise. A mistake in the data or the options is one line on standard error and exit code 2.
+`ftkit sft DATA --model MODEL --out OUT` does for your own file what the first tutorial does for its tasks,
+and `ftkit chat OUT` talks to the result. Settings come from the run profile of this machine (`settings.ini`)
+unless an option says otherwise. A mistake in the data or the options is one line on standard error and exit
+code 2.
 
 Docs: https://ftkit.github.io/ftkit/cli.html.md"""
 
@@ -26,7 +28,9 @@ def _mapping(text):
     "`ours=theirs,...` as a dict"
     if not text: return None
     pairs = [part.split('=') for part in text.split(',')]
-    if not all(len(p) == 2 and all(p) for p in pairs): raise FtkitError(f"--mapping '{text}': write ours=theirs, separated by commas, such as instruction=question,output=answer")
+    if not all(len(p) == 2 and all(p) for p in pairs): raise FtkitError(
+        f"--mapping '{text}': write ours=theirs, separated by commas, "
+        'such as instruction=question,output=answer')
     return dict(pairs)
 
 def sft(data:str,               # JSON or JSONL file, Hub id, or "tasks" for ftkit's own
@@ -52,8 +56,9 @@ def sft(data:str,               # JSON or JSONL file, Hub id, or "tasks" for ftk
     from ftkit.models import load_model, load_tokenizer
     from ftkit.train import train
     columns = _mapping(mapping)
-    p = profile(model=model, tokenizer=model and 'same', adapter=adapter, max_steps=max_steps, max_length=max_length, learning_rate=learning_rate,
-                per_device_train_batch_size=batch_size, gradient_accumulation_steps=batch_size and 1)
+    p = profile(model=model, tokenizer=model and 'same', adapter=adapter, max_steps=max_steps,
+                max_length=max_length, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=batch_size and 1)
     if not 0 < held_out < 1: raise FtkitError(f'--held-out {held_out}: must be between 0 and 1')
     _quiet()
     ds = load(data, format=format, mapping=columns, on_error='skip' if skip_bad else 'raise')
@@ -62,9 +67,11 @@ def sft(data:str,               # JSON or JSONL file, Hub id, or "tasks" for ftk
     print(f"{data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
     tok = load_tokenizer(p.model if p.tokenizer == 'same' else p.tokenizer)
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)
-    run = train(tuned, tok, parts['train'], out=out, eval_data=parts['test'], resume=resume, overwrite=overwrite, seed=seed, save_steps=save_steps,
-                max_length=p.max_length, max_steps=p.max_steps, learning_rate=p.learning_rate,
-                per_device_train_batch_size=p.per_device_train_batch_size, gradient_accumulation_steps=p.gradient_accumulation_steps)
+    run = train(tuned, tok, parts['train'], out=out, eval_data=parts['test'], resume=resume, overwrite=overwrite,
+                seed=seed, save_steps=save_steps, max_length=p.max_length, precision=p.precision,
+                max_steps=p.max_steps, learning_rate=p.learning_rate,
+                per_device_train_batch_size=p.per_device_train_batch_size,
+                gradient_accumulation_steps=p.gradient_accumulation_steps)
     losses = [entry['eval_loss'] for entry in run.log if 'eval_loss' in entry]
     print(f'held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}\nsaved in {run.adapter}; talk to it: ftkit chat {out}')
 
@@ -116,6 +123,10 @@ def main(argv=None # arguments; those of the process by default
     except FtkitError as e:
         print('ftkit:', ' '.join(str(e).split()), file=sys.stderr)
         return 2
+    except OSError as e:
+        print('ftkit:', e, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print('\nftkit: interrupted: the same command with --resume goes on from the last checkpoint', file=sys.stderr)
+        print('\nftkit: interrupted: the same command with --resume goes on from the last checkpoint',
+              file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """The machine, its settings, and errors that say what to do
 
-`device` looks at the hardware, `profile` picks the section of `settings.ini` made for it, `FtkitError` is the one error a
-user meets, and `need` imports an optional package or names the extra that installs it.
+`device` looks at the hardware, `profile` picks the section of `settings.ini` made for it, `FtkitError` is the
+one error a user meets, and `need` imports an optional package or names the extra that installs it.
 
 Docs: https://ftkit.github.io/ftkit/core.html.md"""
 
@@ -97,7 +97,8 @@ ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('..
 def _read_ini(path):
     ini = ConfigParser(interpolation=None)
     try: ini.read_string(Path(path).read_text(encoding='utf-8-sig'))
-    except (IniError, OSError, UnicodeDecodeError) as e: raise FtkitError(f"{path}: not readable as settings: {str(e).splitlines()[0]}") from e
+    except (IniError, OSError, UnicodeDecodeError) as e:
+        raise FtkitError(f"{path}: not readable as settings: {str(e).splitlines()[0]}") from e
     return ini
 
 def _parse(key, text, where):

@@ -59,4 +59,5 @@ def exact_match(model,           # causal language model
     "Ask every question and count the right answers"
     rows = list(rows)
     answers = generate(model, tok, [row['messages'][:-1] for row in rows], **options)
-    return Score(rows, answers, [check(*pair) for pair in zip(rows, answers)], [row.get(group, 'all') for row in rows])
+    right = [check(row, answer) for row,answer in zip(rows, answers)]
+    return Score(rows, answers, right, [row.get(group, 'all') for row in rows])

@@ -1,7 +1,8 @@
 """From the rows people have to one schema: a list of messages, each with a role and a text
 
-Instruction data comes as Alpaca columns, ShareGPT conversations or OpenAI messages. `detect` tells which, `to_messages` converts
-rows and says exactly which row and field it could not use, `load` reads a file or a Hub data set and does both.
+Instruction data comes as Alpaca columns, ShareGPT conversations or OpenAI messages. `detect` tells which,
+`to_messages` converts rows and says exactly which row and field it could not use, `load` reads a file or a
+Hub data set and does both.
 
 Docs: https://ftkit.github.io/ftkit/formats.html.md"""
 
@@ -29,7 +30,8 @@ def _text(row, field, where=''):
     where = where or field
     if field not in row or row[field] is None: raise _Bad(f"'{where}' is missing: fill it in, or drop the row")
     text = row[field]
-    if not isinstance(text, str): raise _Bad(f"'{where}' must be text, found {_shown(text)}: quote it, or map another column to it")
+    if not isinstance(text, str): raise _Bad(
+        f"'{where}' must be text, found {_shown(text)}: quote it, or map another column to it")
     if not text.strip(): raise _Bad(f"'{where}' is empty: fill it in, or drop the row")
     return text
 
@@ -37,7 +39,8 @@ def _turn(role, content): return dict(role=role, content=content)
 
 # %% ../nbs/10_formats.ipynb #e5a1b0af
 def _alpaca(row):
-    asked = '\n'.join(_text(row, field) for field in ('instruction', 'input') if field == 'instruction' or row.get(field))
+    fields = ['instruction'] + ['input'] * bool(row.get('input'))
+    asked = '\n'.join(_text(row, field) for field in fields)
     turns = [_turn('system', _text(row, 'system'))] if row.get('system') else []
     return turns + [_turn('user', asked), _turn('assistant', _text(row, 'output'))]
 
@@ -48,15 +51,18 @@ ROLES = dict(system='system', user='user', human='user', assistant='assistant', 
 def _turns(column, role_key, text_key):
     def convert(row):
         turns = row.get(column)
-        if not isinstance(turns, list) or not turns: raise _Bad(f"'{column}' must be a list of turns, found {_shown(turns)}")
+        if not isinstance(turns, list) or not turns: raise _Bad(
+            f"'{column}' must be a list of turns, found {_shown(turns)}")
         out = []
         for i,turn in enumerate(turns):
             where = f'{column}[{i}]'
-            if not isinstance(turn, dict): raise _Bad(f"'{where}' must be an object with '{role_key}' and '{text_key}', found {_shown(turn)}")
+            if not isinstance(turn, dict): raise _Bad(
+                f"'{where}' must be an object with '{role_key}' and '{text_key}', found {_shown(turn)}")
             role = _text(turn, role_key, f'{where}.{role_key}')
             if role not in ROLES: raise _Bad(f"'{where}.{role_key}' is {role!r}: use one of {', '.join(ROLES)}")
             out.append(_turn(ROLES[role], _text(turn, text_key, f'{where}.{text_key}')))
-        if out[-1]['role'] != 'assistant': raise _Bad(f"'{column}' ends with a {out[-1]['role']} turn: the last turn must be the assistant's answer")
+        if (last := out[-1]['role']) != 'assistant': raise _Bad(
+            f"'{column}' ends with a {last} turn: the last turn must be the assistant's answer")
         return out
     return convert
 
@@ -92,15 +98,18 @@ def detect(rows,         # list of dicts
     best = max(share, key=share.get)
     if not share[best]:
         wanted = '; '.join(f"{name}: {', '.join(f.marks)}" for name,f in FORMATS.items())
-        raise FtkitError(f"{source}: columns {', '.join(columns)} fit no format ({wanted}): name yours in a mapping, such as instruction={columns[0]},output={columns[-1]}")
+        raise FtkitError(f"{source}: columns {', '.join(columns)} fit no format ({wanted}): "
+                         f'name yours in a mapping, such as instruction={columns[0]},output={columns[-1]}')
     return Detection(best, share[best], columns)
 
 # %% ../nbs/10_formats.ipynb #1fed0145
 def _renamed(row, mapping):
     if not isinstance(row, dict): raise _Bad(f"the row must be an object with named columns, found {_shown(row)}")
     for ours,theirs in mapping.items():
-        if theirs not in row: raise _Bad(f"'{theirs}' is missing, which the mapping gives for '{ours}'; the row has {', '.join(row)}")
-    return {**{c:v for c,v in row.items() if c not in mapping.values()}, **{ours:row[theirs] for ours,theirs in mapping.items()}}
+        if theirs not in row: raise _Bad(
+            f"'{theirs}' is missing, which the mapping gives for '{ours}'; the row has {', '.join(row)}")
+    others = {c:v for c,v in row.items() if c not in mapping.values()}
+    return others | {ours:row[theirs] for ours,theirs in mapping.items()}
 
 def to_messages(rows,             # list of dicts
                 format=None,      # a key of `FORMATS`; found by `detect` by default
@@ -110,7 +119,8 @@ def to_messages(rows,             # list of dicts
                ):                 # list of dicts with `messages` and the columns that were not read
     "Convert rows to messages; raises `FtkitError` with row, field and remedy"
     mapping = mapping or {}
-    format = format or detect([{**r, **dict.fromkeys(mapping)} if isinstance(r, dict) else r for r in rows], source).format
+    named = [{**r, **dict.fromkeys(mapping)} if isinstance(r, dict) else r for r in rows]
+    format = format or detect(named, source).format
     if format not in FORMATS: raise FtkitError(f"format '{format}' is unknown: use one of {', '.join(FORMATS)}")
     fmt,out,bad = FORMATS[format],[],[]
     for i,row in enumerate(rows, 1):
@@ -118,8 +128,8 @@ def to_messages(rows,             # list of dicts
             row = _renamed(row, mapping)
             out.append({'messages': fmt.convert(row), **{c:v for c,v in row.items() if c not in fmt.reads}})
         except _Bad as e: bad.append(f'row {i}: {e}')
-    if bad and (on_error == 'raise' or not out):
-        raise FtkitError(f'{source} {bad[0]}' + (f' ({len(bad)} of {len(rows)} rows are like that)' if len(bad) > 1 else ''))
+    more = f' ({len(bad)} of {len(rows)} rows are like that)' if len(bad) > 1 else ''
+    if bad and (on_error == 'raise' or not out): raise FtkitError(f'{source} {bad[0]}{more}')
     if bad: print(f'{source}: left out {len(bad)} of {len(rows)} rows, the first is {bad[0]}')
     return out
 
@@ -130,7 +140,8 @@ def read_rows(path # of a JSON or JSON Lines file
     path = Path(path)
     try: text = path.read_text(encoding='utf-8-sig')
     except FileNotFoundError: raise FtkitError(f'{path}: no such file') from None
-    except UnicodeDecodeError as e: raise FtkitError(f'{path}: byte {e.start} is not UTF-8: save the file as UTF-8') from None
+    except UnicodeDecodeError as e: raise FtkitError(
+        f'{path}: byte {e.start} is not UTF-8: save the file as UTF-8') from None
     except OSError as e: raise FtkitError(f'{path}: cannot be read: {e.strerror}') from None
     array = text.lstrip().startswith('[')
     out = []
@@ -138,7 +149,8 @@ def read_rows(path # of a JSON or JSON Lines file
         if not piece.strip(): continue
         try: out.append(json.loads(piece))
         except json.JSONDecodeError as e:
-            raise FtkitError(f'{path} line {e.lineno if array else i}: broken JSON: {e.msg} at column {e.colno}') from None
+            line = e.lineno if array else i
+            raise FtkitError(f'{path} line {line}: broken JSON: {e.msg} at column {e.colno}') from None
     if array and len(out) == 1 and isinstance(out[0], list): out = out[0]
     if not out: raise FtkitError(f'{path}: the file is empty')
     return out
@@ -158,7 +170,9 @@ def load(path_or_id,       # a JSON or JSONL file, a Hub id, or 'tasks'
     elif path.exists() or path.suffix in ('.json', '.jsonl'): rows = read_rows(path)
     else:
         try: rows = load_dataset(str(path_or_id), split=split or 'train').to_list()
-        except Exception as e: raise FtkitError(f'{path_or_id}: neither a file here nor a data set on the Hub that can be loaded: {e}') from e
+        except Exception as e: raise FtkitError(
+            f'{path_or_id}: neither a file here nor a data set on the Hub that can be loaded: {e}') from e
     messages = to_messages(rows, format, mapping, on_error, source=str(path_or_id))
     try: return Dataset.from_list(messages)
-    except ArrowException as e: raise FtkitError(f'{path_or_id}: a column changes its type from row to row: {e}') from e
+    except ArrowException as e: raise FtkitError(
+        f'{path_or_id}: a column changes its type from row to row: {e}') from e

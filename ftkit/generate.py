@@ -1,6 +1,7 @@
 """Ask a model, one question or a thousand
 
-`generate` answers a list of conversations in batches, through the same template and tokenisation that training used, and stops where the template says a turn ends.
+`generate` answers a list of conversations in batches, through the same template and tokenisation that
+training used, and stops where the template says a turn ends.
 
 Docs: https://ftkit.github.io/ftkit/generate.html.md"""
 
@@ -27,7 +28,8 @@ def generate(model,             # any causal language model
     chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     ids = [prompt_ids(tok, chat) for chat in chats]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    options = dict(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id) | options
+    options = dict(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids(tok),
+                   pad_token_id=tok.pad_token_id) | options
     answers,was_training = [None]*len(ids),model.training
     model.eval()
     for start in progress(range(0, len(ids), batch_size), 'answering'):

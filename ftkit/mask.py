@@ -1,7 +1,7 @@
 """Token ids, and which of them are trained, exact to the character
 
-`encode` turns messages into `input_ids` and `labels`. A label is the token itself where the model should learn to write it, and -100,
-which every loss ignores, everywhere else.
+`encode` turns messages into `input_ids` and `labels`. A label is the token itself where the model should
+learn to write it, and -100, which every loss ignores, everywhere else.
 
 Docs: https://ftkit.github.io/ftkit/mask.html.md"""
 
@@ -39,9 +39,11 @@ def encode(tok,                  # tokenizer with a chat template
            tools=None            # list of tool schemas
           ):                     # dict of `input_ids` and `labels`, two lists of the same length
     "Ids of a conversation, and labels for the tokens that are trained"
-    if train_on not in ('assistant', 'last', 'all'): raise FtkitError(f"train_on '{train_on}' is unknown: use assistant, last or all")
+    if train_on not in ('assistant', 'last', 'all'): raise FtkitError(
+        f"train_on '{train_on}' is unknown: use assistant, last or all")
     text,written = spans(tok, messages, tools)
-    if not written and train_on != 'all': raise FtkitError('there is no assistant turn to train on: add one, or drop the row')
+    if not written and train_on != 'all': raise FtkitError(
+        'there is no assistant turn to train on: add one, or drop the row')
     if train_on == 'all': trained = [(0, len(text))]
     else: trained = [(s.start, s.end) for s in (written[-1:] if train_on == 'last' else written)]
     ids = tokenise(tok, text)
@@ -65,7 +67,9 @@ def encode_dataset(tok,                  # tokenizer with a chat template
     kept = [ex for ex,n in zip(encoded, lengths) if n <= (max_length or n)]
     if cut := len(encoded)-len(kept):
         first = next(i for i,n in enumerate(lengths, 1) if n > max_length)
-        what = f'{cut} of {len(encoded)} rows are longer than max_length={max_length} tokens (the first is row {first} with {lengths[first-1]:,}, the median row has {sorted(lengths)[len(lengths)//2]:,})'
+        median = sorted(lengths)[len(lengths)//2]
+        what = (f'{cut} of {len(encoded)} rows are longer than max_length={max_length} tokens '
+                f'(the first is row {first} with {lengths[first-1]:,}, the median row has {median:,})')
         if not kept: raise FtkitError(f'{what}: raise max_length')
         print(f'left out: {what}')
     return Dataset.from_list(kept)

@@ -1,7 +1,7 @@
 """Load a model ready to be tuned, save the result whole, load it again to the same logits
 
-`load_tokenizer` and `load_model` prepare a model from the Hub, a folder or the package for fine-tuning with LoRA, QLoRA or in full;
-`save` writes everything a chat needs in one step, and `load_tuned` reads it back.
+`load_tokenizer` and `load_model` prepare a model from the Hub, a folder or the package for fine-tuning with
+LoRA, QLoRA or in full; `save` writes everything a chat needs in one step, and `load_tuned` reads it back.
 
 Docs: https://ftkit.github.io/ftkit/models.html.md"""
 
@@ -14,7 +14,7 @@ __all__ = ['load_tokenizer', 'load_model', 'describe', 'is_4bit', 'save', 'load_
 import json, logging, shutil
 from pathlib import Path
 from .core import FtkitError, need
-from .chat import set_template, stop_ids
+from .chat import given_ids, set_template, stop_ids
 from .tiny import base
 
 # bitsandbytes warns on import that an optional CPU kernel is absent
@@ -32,7 +32,8 @@ def load_tokenizer(name,             # a Hub id, a folder, or 'embedded'
     "Load a tokenizer, with a chat template and a padding token that is not the end token"
     from transformers import AutoTokenizer
     try: tok = AutoTokenizer.from_pretrained(_source(name))
-    except (OSError, ValueError) as e: raise FtkitError(f'{name}: no tokenizer there, neither as a folder nor on the Hub: {str(e).splitlines()[0]}') from e
+    except (OSError, ValueError) as e: raise FtkitError(
+        f'{name}: no tokenizer there, neither as a folder nor on the Hub: {str(e).splitlines()[0]}') from e
     if not tok.chat_template: set_template(tok, template)
     if tok.pad_token is None or tok.pad_token == tok.eos_token: tok.add_special_tokens({'pad_token': '<|pad|>'})
     return tok
@@ -49,7 +50,8 @@ def _grow(model, tok):
     if len(tok) <= old: return []
     model.resize_token_embeddings(len(tok), mean_resizing=False)
     with torch.no_grad():
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}: layer.weight[old:] = layer.weight[:old].mean(0)
+        layers = {model.get_input_embeddings(), model.get_output_embeddings()}
+        for layer in layers: layer.weight[old:] = layer.weight[:old].mean(0)
     return list(range(old, len(tok)))
 
 def _base(name, tok, precision, quantize):
@@ -64,7 +66,8 @@ def _base(name, tok, precision, quantize):
         options['quantization_config'] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=_dtype(precision))
     try: model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as e: raise FtkitError(f'{name}: no model there, neither as a folder nor on the Hub: {str(e).splitlines()[0]}') from e
+    except (OSError, ValueError) as e: raise FtkitError(
+        f'{name}: no model there, neither as a folder nor on the Hub: {str(e).splitlines()[0]}') from e
     for layer in model.modules():
         # on some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel that has no gradient
         if hasattr(layer, 'support_avx512bf16_for_cpu'): layer.support_avx512bf16_for_cpu = False
@@ -73,12 +76,12 @@ def _base(name, tok, precision, quantize):
     return model, new
 
 # %% ../nbs/22_models.ipynb #ec132441
-def _new_token_modules(model, new):
-    "PEFT's `trainable_token_indices`: the new rows of the embedding, and of the head when it is a matrix of its own"
-    if not new: return None
+def _trained_rows(model, ids):
+    "PEFT's `trainable_token_indices`: rows of the embedding, and of the head when it is a matrix of its own"
+    if not ids: return None
     layers = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings: layers.append(model.get_output_embeddings())
-    return {name.rsplit('.', 1)[-1]: new for name,module in model.named_modules() if any(module is l for l in layers)}
+    return {name.rsplit('.', 1)[-1]: ids for name,module in model.named_modules() if any(module is l for l in layers)}
 
 def load_model(name,             # a Hub id, a folder, or 'embedded'
                tok,              # its tokenizer, from `load_tokenizer`
@@ -93,15 +96,19 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
     "Load a model ready for training, and say in one line what it is"
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    if adapter not in ('lora', 'qlora', 'full', None): raise FtkitError(f"adapter '{adapter}' is unknown: use lora, qlora, full or None")
+    if adapter not in ('lora', 'qlora', 'full', None): raise FtkitError(
+        f"adapter '{adapter}' is unknown: use lora, qlora, full or None")
     model,new = _base(name, tok, 'fp32' if adapter == 'full' else precision, adapter == 'qlora')
     if adapter in ('lora', 'qlora'):
-        if adapter == 'qlora': model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        config = LoraConfig(r=r, lora_alpha=alpha or 2*r, lora_dropout=dropout, target_modules=target_modules, task_type='CAUSAL_LM',
-                            trainable_token_indices=_new_token_modules(model, new))
+        if adapter == 'qlora': model = prepare_model_for_kbit_training(
+            model, gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        config = LoraConfig(r=r, lora_alpha=alpha or 2*r, lora_dropout=dropout, target_modules=target_modules,
+                            task_type='CAUSAL_LM',
+                            trainable_token_indices=_trained_rows(model, sorted({*new, *given_ids(tok)})))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
+    if adapter is None: model.requires_grad_(False)
     if torch.cuda.is_available() and adapter != 'qlora': model = model.cuda()
     print(describe(model))
     return model
@@ -111,12 +118,14 @@ def describe(model # any transformers or PEFT model
             ):     # one line of text
     "Parameters, trainable share, bytes, device and precision"
     params = list(model.parameters())
+    four_bit = lambda p: p.__class__.__name__ == 'Params4bit'
     # bitsandbytes packs two 4-bit weights into each byte it stores
-    count = lambda p: p.numel()*2 if p.__class__.__name__ == 'Params4bit' else p.numel()
+    count = lambda p: p.numel()*2 if four_bit(p) else p.numel()
     total,trained = sum(map(count, params)),sum(count(p) for p in params if p.requires_grad)
     mb = sum(p.numel()*p.element_size() for p in params)/2**20
-    dtypes = ', '.join(sorted({'4-bit' if p.__class__.__name__ == 'Params4bit' else str(p.dtype).removeprefix('torch.') for p in params}))
-    return f'{total:,} parameters, {trained:,} trainable ({trained/total:.1%}), {mb:,.1f} MB of {dtypes} on {params[0].device}'
+    dtypes = {'4-bit' if four_bit(p) else str(p.dtype).removeprefix('torch.') for p in params}
+    return (f'{total:,} parameters, {trained:,} trainable ({trained/total:.1%}), '
+            f"{mb:,.1f} MB of {', '.join(sorted(dtypes))} on {params[0].device}")
 
 # %% ../nbs/22_models.ipynb #d8f050b0
 def is_4bit(model):
@@ -153,7 +162,8 @@ def load_tuned(folder,          # what `save` wrote, or the folder of a run that
     if (folder/'adapter').is_dir(): folder = folder/'adapter'
     if not folder.is_dir(): raise FtkitError(f'{folder}: no such folder')
     tok = load_tokenizer(folder)
-    if not (folder/'adapter_config.json').exists(): return tok, load_model(folder, tok, adapter=None, precision=precision)
+    whole = not (folder/'adapter_config.json').exists()
+    if whole: return tok, load_model(folder, tok, adapter=None, precision=precision)
     record = folder/'ftkit.json'
     quantized = record.exists() and json.loads(record.read_text())['quantized']
     model,_ = _base(PeftConfig.from_pretrained(folder).base_model_name_or_path, tok, precision, quantized)

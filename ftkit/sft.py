@@ -1,7 +1,7 @@
 """The loss of learning from examples: make the given answer likely
 
-`sft_loss` is the negative log-likelihood of each example's answer. Divide the batch's sum by the number of trained tokens for the mean per token
-that trainers report.
+`sft_loss` is the negative log-likelihood of each example's answer. Divide the batch's sum by the number of
+trained tokens for the mean per token that trainers report.
 
 Docs: https://ftkit.github.io/ftkit/sft.html.md"""
 

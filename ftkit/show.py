@@ -1,7 +1,7 @@
 """What a model is trained on, how its loss falls, and what it answers, to look at
 
-Pure functions from data to HTML or a matplotlib figure: `show_tokens` colours the tokens that are trained, `loss_curve` draws a run, `before_after` sets two scores side by side, `transcript`
-prints a chat.
+Pure functions from data to HTML or a matplotlib figure: `show_tokens` colours the tokens that are trained,
+`loss_curve` draws a run, `before_after` sets two scores side by side, `transcript` prints a chat.
 
 Docs: https://ftkit.github.io/ftkit/show.html.md"""
 
@@ -36,10 +36,12 @@ def show_tokens(tok,    # tokenizer
         piece,trained = tok.decode([id]),label != -100
         n += trained
         text.append(f'[{piece}]' if trained else piece)
-        html.append(f'<span style="{_trained if trained else _context}" title="id {id}{", trained" if trained else ""}">{escape(_visible(piece))}</span>'
+        style,also = (_trained, ', trained') if trained else (_context, '')
+        html.append(f'<span style="{style}" title="id {id}{also}">{escape(_visible(piece))}</span>'
                     + '<br>'*(piece == '\n'))
     note = f'{n} of {len(example["input_ids"])} tokens are trained'
-    return View(f'<div style="line-height:1.9">{"".join(html)}</div><div><small>{note} (green)</small></div>', f'{"".join(text)}\n{note} [in brackets]')
+    boxes = f'<div style="line-height:1.9">{"".join(html)}</div>'
+    return View(f'{boxes}<div><small>{note} (green)</small></div>', f'{"".join(text)}\n{note} [in brackets]')
 
 # %% ../nbs/70_show.ipynb #f9fa47d7
 def _running_mean(values, half_life):
@@ -70,15 +72,18 @@ def loss_curve(log,       # of a `Run`, or from `read_log`
     return ax.figure
 
 # %% ../nbs/70_show.ipynb #1245afb5
-def _table(head, rows, note=''):
-    "A `View` of a table; the first column is text, the others are numbers"
-    def tr(tag, row):
-        align = lambda i: 'left' if i == 0 else 'right'
-        return '<tr>' + ''.join(f'<{tag} style="text-align:{align(i)};padding:2px 10px">{escape(str(c))}</{tag}>' for i,c in enumerate(row)) + '</tr>'
+def _table(head, rows, note='', text_columns=1):
+    "A `View` of a table; text is aligned to the left, numbers to the right"
+    def cell(tag, i, c):
+        align = 'left' if i < text_columns else 'right'
+        return f'<{tag} style="text-align:{align};padding:2px 10px">{escape(str(c))}</{tag}>'
+    def tr(tag, row): return '<tr>' + ''.join(cell(tag, i, c) for i,c in enumerate(row)) + '</tr>'
     html = f'<table>{tr("th", head)}{"".join(tr("td", row) for row in rows)}</table>'
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
-    line = lambda row: '  '.join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i,(c,w) in enumerate(zip(row, widths)))
-    return View(html + f'<small>{escape(note)}</small>', '\n'.join([line(head), *map(line, rows), *filter(None, [note])]))
+    pad = lambda i, c: str(c).ljust(widths[i]) if i < text_columns else str(c).rjust(widths[i])
+    line = lambda row: '  '.join(pad(i, c) for i,c in enumerate(row))
+    text = [line(head), *map(line, rows), *filter(None, [note])]
+    return View(html + f'<small>{escape(note)}</small>', '\n'.join(text))
 
 def before_after(before, # `Score` of the base model
                  after   # `Score` of the tuned model, on the same rows
@@ -98,7 +103,7 @@ def answers(before, # `Score`
     cut = lambda s: _visible(s[:40]).replace('·', ' ') + '…'*(len(s) > 40)
     rows = [(r['messages'][-2]['content'].split('\n')[-1], cut(a), cut(b), '✓' if ok else '✗')
             for r,a,b,ok in zip(before.rows[:n], before.answers, after.answers, after.right)]
-    return _table(('question', 'before', 'after', ''), rows)
+    return _table(('question', 'before', 'after', ''), rows, text_columns=4)
 
 # %% ../nbs/70_show.ipynb #6f1b339e
 _bubble = 'margin:4px;padding:6px 10px;border-radius:10px;max-width:80%;white-space:pre-wrap;color:#111;background:{}'
@@ -107,6 +112,10 @@ def transcript(messages # list of dicts with `role` and `content`
               ):        # `View`
     "A conversation, the user's turns on the right"
     side = dict(user=('#dbeafe', 'margin-left:auto'), assistant=('#e5e7eb', ''), system=('#fef3c7', ''))
-    html = ''.join(f'<div role="listitem" aria-label="{m["role"]}" style="{_bubble.format(side[m["role"]][0])};width:fit-content;{side[m["role"]][1]}">{escape(m["content"])}</div>'
-                   for m in messages)
-    return View(f'<div role="list" style="max-width:480px">{html}</div>', '\n'.join(f'{m["role"]}: {m["content"]}' for m in messages))
+    def bubble(m):
+        color,place = side[m['role']]
+        style = f'{_bubble.format(color)};width:fit-content;{place}'
+        return f'<div role="listitem" aria-label="{m["role"]}" style="{style}">{escape(m["content"])}</div>'
+    html = ''.join(map(bubble, messages))
+    text = '\n'.join(f'{m["role"]}: {m["content"]}' for m in messages)
+    return View(f'<div role="list" style="max-width:480px">{html}</div>', text)

@@ -1,8 +1,9 @@
 """Questions a program can mark: eight families of them, and the raw text that teaches their answers
 
-Each family is one kind of question with one right answer: a sum, a spelling, a capital city. `rows` makes instruction data
-from them in the dataset formats people use, `check` marks an answer, `raw_text` writes the plain prose in which a base model
-can learn the same things. Pre-training reads `raw_text`; fine-tuning reads `rows`.
+Each family is one kind of question with one right answer: a sum, a spelling, a capital city. `rows` makes
+instruction data from them in the dataset formats people use, `check` marks an answer, `raw_text` writes the
+plain prose in which a base model can learn the same things. Pre-training reads `raw_text`; fine-tuning reads
+`rows`.
 
 Docs: https://ftkit.github.io/ftkit/tasks.html.md"""
 
@@ -21,59 +22,63 @@ from .core import FtkitError
 # %% ../nbs/02_tasks.ipynb #2f0ff02b
 CAPITALS = dict(pair.split('-') for pair in '''
 Albania-Tirana Algeria-Algiers Angola-Luanda Armenia-Yerevan Australia-Canberra Austria-Vienna Azerbaijan-Baku
-Bahrain-Manama Bangladesh-Dhaka Barbados-Bridgetown Belarus-Minsk Belgium-Brussels Belize-Belmopan Bhutan-Thimphu
-Botswana-Gaborone Bulgaria-Sofia Burundi-Gitega Cameroon-Yaounde Canada-Ottawa Chile-Santiago China-Beijing
-Colombia-Bogota Croatia-Zagreb Cuba-Havana Cyprus-Nicosia Denmark-Copenhagen Dominica-Roseau Ecuador-Quito Egypt-Cairo
-Eritrea-Asmara Estonia-Tallinn Fiji-Suva Finland-Helsinki France-Paris Gabon-Libreville Gambia-Banjul Georgia-Tbilisi
-Germany-Berlin Ghana-Accra Greece-Athens Guinea-Conakry Guyana-Georgetown Honduras-Tegucigalpa Hungary-Budapest
-Iceland-Reykjavik Indonesia-Jakarta Iran-Tehran Iraq-Baghdad Ireland-Dublin Italy-Rome Jamaica-Kingston Japan-Tokyo
-Jordan-Amman Kazakhstan-Astana Kenya-Nairobi Kyrgyzstan-Bishkek Laos-Vientiane Latvia-Riga Lebanon-Beirut
-Lesotho-Maseru Liberia-Monrovia Libya-Tripoli Lithuania-Vilnius Madagascar-Antananarivo Malawi-Lilongwe Mali-Bamako
-Malta-Valletta Moldova-Chisinau Mongolia-Ulaanbaatar Morocco-Rabat Mozambique-Maputo Namibia-Windhoek Nepal-Kathmandu
+Bahrain-Manama Bangladesh-Dhaka Barbados-Bridgetown Belarus-Minsk Belgium-Brussels Belize-Belmopan
+Bhutan-Thimphu Botswana-Gaborone Bulgaria-Sofia Burundi-Gitega Cameroon-Yaounde Canada-Ottawa Chile-Santiago
+China-Beijing Colombia-Bogota Croatia-Zagreb Cuba-Havana Cyprus-Nicosia Denmark-Copenhagen Dominica-Roseau
+Ecuador-Quito Egypt-Cairo Eritrea-Asmara Estonia-Tallinn Fiji-Suva Finland-Helsinki France-Paris
+Gabon-Libreville Gambia-Banjul Georgia-Tbilisi Germany-Berlin Ghana-Accra Greece-Athens Guinea-Conakry
+Guyana-Georgetown Honduras-Tegucigalpa Hungary-Budapest Iceland-Reykjavik Indonesia-Jakarta Iran-Tehran
+Iraq-Baghdad Ireland-Dublin Italy-Rome Jamaica-Kingston Japan-Tokyo Jordan-Amman Kazakhstan-Astana
+Kenya-Nairobi Kyrgyzstan-Bishkek Laos-Vientiane Latvia-Riga Lebanon-Beirut Lesotho-Maseru Liberia-Monrovia
+Libya-Tripoli Lithuania-Vilnius Madagascar-Antananarivo Malawi-Lilongwe Mali-Bamako Malta-Valletta
+Moldova-Chisinau Mongolia-Ulaanbaatar Morocco-Rabat Mozambique-Maputo Namibia-Windhoek Nepal-Kathmandu
 Netherlands-Amsterdam Nicaragua-Managua Niger-Niamey Nigeria-Abuja Norway-Oslo Oman-Muscat Pakistan-Islamabad
-Paraguay-Asuncion Peru-Lima Philippines-Manila Poland-Warsaw Portugal-Lisbon Qatar-Doha Romania-Bucharest Russia-Moscow
-Rwanda-Kigali Samoa-Apia Senegal-Dakar Serbia-Belgrade Slovakia-Bratislava Slovenia-Ljubljana Somalia-Mogadishu
-Spain-Madrid Sudan-Khartoum Suriname-Paramaribo Sweden-Stockholm Switzerland-Bern Syria-Damascus Tajikistan-Dushanbe
-Tanzania-Dodoma Thailand-Bangkok Togo-Lome Tunisia-Tunis Turkey-Ankara Uganda-Kampala Ukraine-Kyiv Uruguay-Montevideo
-Uzbekistan-Tashkent Venezuela-Caracas Vietnam-Hanoi Yemen-Sanaa Zambia-Lusaka Zimbabwe-Harare'''.split())
+Paraguay-Asuncion Peru-Lima Philippines-Manila Poland-Warsaw Portugal-Lisbon Qatar-Doha Romania-Bucharest
+Russia-Moscow Rwanda-Kigali Samoa-Apia Senegal-Dakar Serbia-Belgrade Slovakia-Bratislava Slovenia-Ljubljana
+Somalia-Mogadishu Spain-Madrid Sudan-Khartoum Suriname-Paramaribo Sweden-Stockholm Switzerland-Bern
+Syria-Damascus Tajikistan-Dushanbe Tanzania-Dodoma Thailand-Bangkok Togo-Lome Tunisia-Tunis Turkey-Ankara
+Uganda-Kampala Ukraine-Kyiv Uruguay-Montevideo Uzbekistan-Tashkent Venezuela-Caracas Vietnam-Hanoi Yemen-Sanaa
+Zambia-Lusaka Zimbabwe-Harare'''.split())
 
 # %% ../nbs/02_tasks.ipynb #b4d4eb31
 OPPOSITES = [pair.split('-') for pair in '''
-hot-cold big-small fast-slow high-low up-down left-right old-young good-bad rich-poor happy-sad light-dark hard-soft
-long-short wide-narrow thick-thin deep-shallow full-empty open-closed early-late first-last strong-weak loud-quiet
-clean-dirty dry-wet near-far day-night win-lose buy-sell give-take push-pull start-stop come-go laugh-cry love-hate
-true-false safe-dangerous sharp-blunt rough-smooth tight-loose sweet-bitter cheap-expensive brave-afraid kind-cruel
-polite-rude simple-complex same-different inside-outside above-below before-after begin-end arrive-leave
-remember-forget raise-lower accept-refuse attack-defend build-destroy seek-hide float-sink freeze-melt grow-shrink
-import-export join-separate live-die lock-unlock more-less many-few most-least north-south east-west peace-war
-pass-fail question-answer real-fake rise-fall send-receive summer-winter teach-learn top-bottom truth-lie
-victory-defeat visible-hidden wake-sleep alive-dead ancient-modern awful-wonderful back-front beautiful-ugly
-bright-dim busy-idle calm-angry careful-careless common-rare correct-wrong crowded-deserted curved-straight
-enemy-friend entrance-exit even-odd fresh-stale generous-selfish heaven-hell humble-proud innocent-guilty lazy-active
-major-minor maximum-minimum natural-artificial noisy-silent optimist-pessimist permanent-temporary plural-singular
-positive-negative public-private sick-healthy single-married solid-liquid success-failure sunny-cloudy tame-wild
+hot-cold big-small fast-slow high-low up-down left-right old-young good-bad rich-poor happy-sad light-dark
+hard-soft long-short wide-narrow thick-thin deep-shallow full-empty open-closed early-late first-last
+strong-weak loud-quiet clean-dirty dry-wet near-far day-night win-lose buy-sell give-take push-pull start-stop
+come-go laugh-cry love-hate true-false safe-dangerous sharp-blunt rough-smooth tight-loose sweet-bitter
+cheap-expensive brave-afraid kind-cruel polite-rude simple-complex same-different inside-outside above-below
+before-after begin-end arrive-leave remember-forget raise-lower accept-refuse attack-defend build-destroy
+seek-hide float-sink freeze-melt grow-shrink import-export join-separate live-die lock-unlock more-less
+many-few most-least north-south east-west peace-war pass-fail question-answer real-fake rise-fall send-receive
+summer-winter teach-learn top-bottom truth-lie victory-defeat visible-hidden wake-sleep alive-dead
+ancient-modern awful-wonderful back-front beautiful-ugly bright-dim busy-idle calm-angry careful-careless
+common-rare correct-wrong crowded-deserted curved-straight enemy-friend entrance-exit even-odd fresh-stale
+generous-selfish heaven-hell humble-proud innocent-guilty lazy-active major-minor maximum-minimum
+natural-artificial noisy-silent optimist-pessimist permanent-temporary plural-singular positive-negative
+public-private sick-healthy single-married solid-liquid success-failure sunny-cloudy tame-wild
 wise-foolish'''.split()]
 
 # %% ../nbs/02_tasks.ipynb #c1806297
 WORDS = '''
-ant ape arm bag bat bed bee box boy bus cap car cat cow cup dog ear egg eye fan fig fly fox gem hat hen ice ink jam jar
-key kid leg lip man map mud net nut oak oil owl pan pea pen pet pie pig pin pot rat ram rug sea sky son sun tea toe toy
-van web zoo apple baby ball band bank barn bear bell belt bird boat bone book boot bowl bread brick bridge brush bucket
-butter cake camel camp candle card cheese chair cherry chest circle clock cloud coat coin corn crab cream crown desk
-dish doll donkey door dragon dress drum duck eagle farm finger fire fish flag flower foot forest fork frog fruit garden
-ghost glass globe glove goat gold goose grape grass hammer hand head heart hill honey horse house island jacket jewel
-jungle kettle king kite kitten knife ladder lake lamp leaf lemon lion lizard lock magnet marble market melon milk mirror
-monkey moon mother mountain mouse nail neck needle nest nose ocean onion orange oven panda paper parrot peach pear
-pencil pepper phone piano pillow planet plate pocket pony potato pumpkin puppy rabbit radio rain ring river road robot
-rock roof root rope rose sailor salad salt sand school scissors shark sheep ship shirt shoe silver snake snow soap sock
-soup spider spoon squirrel stamp star stone storm street sugar table tail tent thumb tiger tomato tooth towel tower
-train tree truck turtle uncle valley village violin wagon wall watch water whale wheel wind window wolf wood worm yard
-zebra'''.split()
-NAMES = '''Ada Amir Anna Ben Carla Chen Clara David Diego Ella Emma Eva Felix Fatima Grace Hana Hugo Ida Ines Ivan Jack
-Jonas Julia Kofi Laila Leo Lina Lucas Maria Mateo Mia Mila Nina Noah Nora Olga Omar Oscar Paul Priya Ravi Rosa Sam Sara
-Tara Tom Yuki Zoe'''.split()
-JOBS = '''baker barber carpenter chef dancer dentist doctor driver farmer fisher gardener guard judge lawyer mechanic
-miner musician nurse painter pilot plumber poet sailor singer tailor teacher waiter writer'''.split()
+ant ape arm bag bat bed bee box boy bus cap car cat cow cup dog ear egg eye fan fig fly fox gem hat hen ice
+ink jam jar key kid leg lip man map mud net nut oak oil owl pan pea pen pet pie pig pin pot rat ram rug sea
+sky son sun tea toe toy van web zoo apple baby ball band bank barn bear bell belt bird boat bone book boot
+bowl bread brick bridge brush bucket butter cake camel camp candle card cheese chair cherry chest circle clock
+cloud coat coin corn crab cream crown desk dish doll donkey door dragon dress drum duck eagle farm finger fire
+fish flag flower foot forest fork frog fruit garden ghost glass globe glove goat gold goose grape grass hammer
+hand head heart hill honey horse house island jacket jewel jungle kettle king kite kitten knife ladder lake
+lamp leaf lemon lion lizard lock magnet marble market melon milk mirror monkey moon mother mountain mouse nail
+neck needle nest nose ocean onion orange oven panda paper parrot peach pear pencil pepper phone piano pillow
+planet plate pocket pony potato pumpkin puppy rabbit radio rain ring river road robot rock roof root rope rose
+sailor salad salt sand school scissors shark sheep ship shirt shoe silver snake snow soap sock soup spider
+spoon squirrel stamp star stone storm street sugar table tail tent thumb tiger tomato tooth towel tower train
+tree truck turtle uncle valley village violin wagon wall watch water whale wheel wind window wolf wood worm
+yard zebra'''.split()
+NAMES = '''Ada Amir Anna Ben Carla Chen Clara David Diego Ella Emma Eva Felix Fatima Grace Hana Hugo Ida Ines
+Ivan Jack Jonas Julia Kofi Laila Leo Lina Lucas Maria Mateo Mia Mila Nina Noah Nora Olga Omar Oscar Paul Priya
+Ravi Rosa Sam Sara Tara Tom Yuki Zoe'''.split()
+JOBS = '''baker barber carpenter chef dancer dentist doctor driver farmer fisher gardener guard judge lawyer
+mechanic miner musician nurse painter pilot plumber poet sailor singer tailor teacher waiter writer'''.split()
 
 # %% ../nbs/02_tasks.ipynb #28779223
 @dataclass
@@ -153,10 +158,13 @@ def _extract(rng, difficulty):
 
 # %% ../nbs/02_tasks.ipynb #f6b2c5db
 FAMILIES = dict(
-    add=Family(_add, ['{a} + {b} = {y}.', '{a} plus {b} is {y}.', 'The sum of {a} and {b} is {y}.', 'Adding {a} and {b} gives {y}.'],
-        ['{a} + {b}', 'Sum of {a} and {b}'], ['What is {a} + {b}?', 'Add {a} and {b}.', 'What is the sum of {a} and {b}?'], int),
+    add=Family(_add, ['{a} + {b} = {y}.', '{a} plus {b} is {y}.',
+                      'The sum of {a} and {b} is {y}.', 'Adding {a} and {b} gives {y}.'],
+        ['{a} + {b}', 'Sum of {a} and {b}'],
+        ['What is {a} + {b}?', 'Add {a} and {b}.', 'What is the sum of {a} and {b}?'], int),
     subtract=Family(_subtract, ['{a} - {b} = {y}.', '{a} minus {b} is {y}.', 'Taking {b} from {a} leaves {y}.'],
-        ['{a} - {b}', '{a} minus {b}'], ['What is {a} - {b}?', 'Subtract {b} from {a}.', 'What is {a} minus {b}?'], int),
+        ['{a} - {b}', '{a} minus {b}'],
+        ['What is {a} - {b}?', 'Subtract {b} from {a}.', 'What is {a} minus {b}?'], int),
     largest=Family(_largest, ['The largest of {xs} is {y}.', 'Among {xs}, {y} is the largest.'],
         ['Largest of {xs}'], ['Which is the largest of {xs}?', 'Find the largest of {xs}.'], int),
     spell=Family(_spell, ['The word {w} is spelled {y}.', '{w} is spelled {y}.'],
@@ -167,7 +175,8 @@ FAMILIES = dict(
         ['The opposite of {q} is {y}.', '{y} is the opposite of {q}.'],
         ['Opposite of {q}'], ['What is the opposite of {q}?', 'Give the opposite of {q}.']),
     capital=Family(_lookup(list(CAPITALS.items())), ['The capital of {q} is {y}.', '{y} is the capital of {q}.'],
-        ['Capital of {q}'], ['What is the capital of {q}?', 'Name the capital of {q}.', 'Which city is the capital of {q}?']),
+        ['Capital of {q}'],
+        ['What is the capital of {q}?', 'Name the capital of {q}.', 'Which city is the capital of {q}?']),
     extract=Family(_extract, ['{fact}'], ['{heading}'], ['{question}']))
 
 # %% ../nbs/02_tasks.ipynb #dfd0c731
@@ -191,9 +200,9 @@ def split_of(family, # a key of `FAMILIES`
     return splits.pop() if len(splits) == 1 else None
 
 # %% ../nbs/02_tasks.ipynb #445c2a6e
-def _messages(q, item): return dict(messages=[dict(role='user', content=q), dict(role='assistant', content=item.answer)])
-def _alpaca(q, item): return dict(instruction=q, input='', output=item.answer)
-def _sharegpt(q, item): return dict(conversations=[{'from': 'human', 'value': q}, {'from': 'gpt', 'value': item.answer}])
+def _messages(q, y): return dict(messages=[dict(role='user', content=q), dict(role='assistant', content=y)])
+def _alpaca(q, y): return dict(instruction=q, input='', output=y)
+def _sharegpt(q, y): return dict(conversations=[{'from': 'human', 'value': q}, {'from': 'gpt', 'value': y}])
 SHAPES = dict(messages=_messages, alpaca=_alpaca, sharegpt=_sharegpt)
 
 # %% ../nbs/02_tasks.ipynb #19a500c9
@@ -204,7 +213,7 @@ def rows(n,                 # number of rows
          shape='messages',  # 'messages', 'alpaca' or 'sharegpt'
          seed=0             # the same seed gives the same rows
         ):                  # list of dicts, with columns `family` and `answer` beside those of the shape
-    "Instruction rows with a verifiable answer; raises `FtkitError` when the families hold fewer than `n` different questions"
+    "Instruction rows with a verifiable answer; raises `FtkitError` when there are not `n` different ones"
     rng,seen,out,misses = random.Random(seed),set(),[],0
     families = list(families or FAMILIES)
     while len(out) < n:
@@ -214,10 +223,11 @@ def rows(n,                 # number of rows
         if split_of(family, item) != split or question in seen:
             misses += 1
             if misses > 500*(len(families)+1)+50*n:
-                raise FtkitError(f"only {len(out)} different {split} rows at difficulty {difficulty} in {join(families)}: ask for fewer, or raise difficulty")
+                raise FtkitError(f'only {len(out)} different {split} rows at difficulty {difficulty} '
+                                 f'in {join(families)}: ask for fewer, or raise difficulty')
             continue
         seen.add(question)
-        out.append(dict(SHAPES[shape](question, item), family=family, answer=item.answer))
+        out.append(dict(SHAPES[shape](question, item.answer), family=family, answer=item.answer))
     return out
 
 # %% ../nbs/02_tasks.ipynb #a58671c4
@@ -241,6 +251,7 @@ def raw_text(rng,         # `random.Random`
     theme = rng.choices(list(shares), shares.values())[0] if rng.random() < .5 else None
     out = []
     for _ in range(rng.randint(2, 8)):
-        item = sample(theme or rng.choices(list(shares), shares.values())[0], rng, rng.choices((1, 2, 3), (5, 4, 2))[0])
+        family = theme or rng.choices(list(shares), shares.values())[0]
+        item = sample(family, rng, rng.choices((1, 2, 3), (5, 4, 2))[0])
         out += [item.input] * bool(item.input) + [style.format(**item.parts, y=item.answer)]
     return gap.join(out)

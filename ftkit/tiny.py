@@ -1,7 +1,8 @@
 """A random model in milliseconds for tests, and a trained one inside the package
 
-`tiny` builds a random Llama and its tokenizer in memory, in milliseconds, for tests and lessons about mechanics. `base` is the folder
-of a small Llama that was pre-trained on `ftkit.tasks.raw_text`: a real base model, which knows things and cannot chat.
+`tiny` builds a random Llama and its tokenizer in memory, in milliseconds, for tests and lessons about
+mechanics. `base` is the folder of a small Llama that was pre-trained on `ftkit.tasks.raw_text`: a real base
+model, which knows things and cannot chat.
 
 Docs: https://ftkit.github.io/ftkit/tiny.html.md"""
 
@@ -27,8 +28,9 @@ def train_tokenizer(texts,          # iterable of strings; none gives a pure byt
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_pieces), 'isolated'),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                       show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=SPECIAL[0], pad_token=SPECIAL[1],
                                    additional_special_tokens=SPECIAL[2:])
 
@@ -37,8 +39,8 @@ def llama(vocab_size, hidden, layers, intermediate, heads, **config):
     "A freshly initialised Llama with tied embeddings"
     from transformers import LlamaConfig, LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers,
-        intermediate_size=intermediate, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=1, **config))
+        intermediate_size=intermediate, num_attention_heads=heads, num_key_value_heads=heads,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=1, **config))
 
 def tiny(vocab=260, # tokens in the vocabulary: 256 bytes and 4 special tokens, the rest untrained
          seed=0     # of the random weights

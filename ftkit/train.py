@@ -1,7 +1,8 @@
 """One trainer for every objective, resumable after any interruption
 
-`train` runs an objective on a model and a data set and returns a `Run`. The steps themselves (precision, accumulation, clipping, schedules, checkpoints) are
-`transformers.Trainer`'s, and every option of its `TrainingArguments` can be given by name.
+`train` runs an objective on a model and a data set and returns a `Run`. The steps themselves (precision,
+accumulation, clipping, schedules, checkpoints) are `transformers.Trainer`'s, and every option of its
+`TrainingArguments` can be given by name.
 
 Docs: https://ftkit.github.io/ftkit/train.html.md"""
 
@@ -26,7 +27,7 @@ class Objective:
     "What is learned: three functions"
     prepare: callable # (tok, ds, **options) -> Dataset of numbers
     collate: callable # tok -> collator
-    loss: callable    # (model outputs, labels) -> (loss of each example, number of things to divide the batch's sum by)
+    loss: callable    # (model outputs, labels) -> (loss of each example, what to divide the batch's sum by)
 
 def _sft_loss(outputs, labels):
     logps,mask = label_logps(outputs.logits, labels)
@@ -73,7 +74,7 @@ def _write_whole(path, text):
 
 # %% ../nbs/40_train.ipynb #384df0d2
 def _callbacks(path):
-    "`log.jsonl`, kept equal to the trainer's own history, which a resumed run restores; and a progress bar with the losses"
+    "`log.jsonl`, always the trainer's own history, which a resumed run restores; and a bar with the losses"
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -83,9 +84,11 @@ def _callbacks(path):
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.bar,self.shown = tqdm(total=state.max_steps, initial=state.global_step, desc='training', disable=bool(os.environ.get('IN_TEST'))),{}
+            self.bar,self.shown = tqdm(total=state.max_steps, initial=state.global_step, desc='training',
+                                       disable=bool(os.environ.get('IN_TEST'))),{}
         def on_log(self, args, state, control, logs, **kwargs):
-            self.shown |= {name: f'{logs[key]:.3f}' for key,name in (('loss', 'loss'), ('eval_loss', 'held-out')) if key in logs}
+            names = dict(loss='loss', eval_loss='held-out')
+            self.shown |= {name: f'{logs[key]:.3f}' for key,name in names.items() if key in logs}
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update(state.global_step-self.bar.n)
         def on_train_end(self, args, state, control, **kwargs): self.bar.close()
@@ -103,15 +106,17 @@ def last_checkpoint(path # folder of a run
         except (OSError, ValueError): pass
 
 # %% ../nbs/40_train.ipynb #f0a7909f
-def _arguments(out, options, evaluate, fresh):
+def _arguments(out, precision, options, evaluate, fresh):
     "`TrainingArguments`: what fits most LoRA runs, under what the caller asks for"
     from transformers import TrainingArguments
     device = Device.detect()
-    defaults = dict(max_steps=150, per_device_train_batch_size=8, per_device_eval_batch_size=32, learning_rate=2e-4,
-        lr_scheduler_type='linear', warmup_steps=5, weight_decay=0., logging_steps=1, save_steps=50, save_total_limit=2,
-        eval_strategy='steps' if evaluate else 'no', eval_steps=50, eval_on_start=evaluate and fresh, report_to='none', remove_unused_columns=True,
-        seed=0, use_cpu=device.kind == 'cpu', bf16=device.bf16, fp16=device.kind == 'cuda' and not device.bf16,
-        dataloader_pin_memory=device.kind == 'cuda', disable_tqdm=True, prediction_loss_only=True)
+    defaults = dict(max_steps=150, per_device_train_batch_size=8, per_device_eval_batch_size=32,
+        learning_rate=2e-4, lr_scheduler_type='linear', warmup_steps=5, weight_decay=0.,
+        logging_steps=1, save_steps=50, save_total_limit=2, report_to='none', disable_tqdm=True,
+        eval_strategy='steps' if evaluate else 'no', eval_steps=50, eval_on_start=evaluate and fresh,
+        remove_unused_columns=True, prediction_loss_only=True, seed=0,
+        use_cpu=device.kind == 'cpu', bf16=precision == 'bf16', fp16=precision == 'fp16',
+        dataloader_pin_memory=device.kind == 'cuda')
     try: return TrainingArguments(output_dir=str(out), **{**defaults, **options})
     except (TypeError, ValueError) as e: raise FtkitError(f'training options: {e}') from e
 
@@ -122,18 +127,21 @@ def train(model,           # from `load_model`
           out='runs/sft',  # folder of the run
           eval_data=None,  # rows to measure the loss on while training
           max_length=None, # leave out rows with more tokens
+          precision='fp32',# of the arithmetic: 'bf16' and 'fp16' use autocast, on GPUs that have them
           resume=False,    # go on from the newest checkpoint in `out`, if there is one
           overwrite=False, # delete an earlier run in `out`
           **options        # of `transformers.TrainingArguments`
          ):                # `Run`
-    "Train, and save the result under `out`; raises `FtkitError` before anything is written when data or options are wrong"
+    "Train and save under `out`; raises `FtkitError` before anything is written if data or options are wrong"
     from transformers import Trainer, PrinterCallback
     out,obj = Path(out),OBJECTIVES[objective]
+    if out.exists() and not out.is_dir(): raise FtkitError(f'{out} is a file: choose another folder')
     used = out.exists() and any(out.iterdir())
-    if used and not (resume or overwrite): raise FtkitError(f'{out} already holds something: resume to go on, overwrite to start anew, or choose another folder')
+    if used and not (resume or overwrite): raise FtkitError(
+        f'{out} already holds something: resume to go on, overwrite to start anew, or choose another folder')
     data,eval_data = [ds if ds is None else obj.prepare(tok, ds, max_length=max_length) for ds in (data, eval_data)]
     checkpoint = last_checkpoint(out) if resume else None
-    args = _arguments(out, options, eval_data is not None, fresh=checkpoint is None)
+    args = _arguments(out, precision, options, eval_data is not None, fresh=checkpoint is None)
     if used and overwrite and not resume: shutil.rmtree(out)
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=obj.collate(tok),
                       compute_loss_func=_reduced(obj.loss), callbacks=_callbacks(out))

@@ -1,6 +1,7 @@
 """Thin controls over the views: type, and see
 
-`chat_box` is a place to talk to a model in a notebook. Without a front end, in tests and on the docs page, it is the transcript of a conversation.
+`chat_box` is a place to talk to a model in a notebook. Without a front end, in tests and on the docs page, it
+is the transcript of a conversation.
 
 Docs: https://ftkit.github.io/ftkit/widgets.html.md"""
 

@@ -25,6 +25,7 @@ def ftkit(capfd, monkeypatch, tmp_path):
 @pytest.fixture
 def spawn(tmp_path):
     "Start a command of ftkit as a process of its own, in an empty folder"
-    def start(*args): return subprocess.Popen([Path(sys.executable).with_name('ftkit'), *map(str, args)], cwd=tmp_path, text=True,
-                                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def start(*args):
+        command = [Path(sys.executable).with_name('ftkit'), *map(str, args)]
+        return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return start

@@ -1,4 +1,4 @@
-"Input as it comes: each file is either read right, or refused in one line that names row and field, with nothing written"
+"Input as it comes: read right, or refused in one line that names row and field, with nothing written"
 import json
 import pytest
 
@@ -11,15 +11,16 @@ REFUSED = {
     'only white space': (b' \n\n', 'data.jsonl: the file is empty'),
     'broken JSON on line 17': (jsonl(*[GOOD]*16)+b'\n{"instruction": "Say', 'data.jsonl line 17: broken JSON'),
     'broken JSON array': (b'[{"instruction": "a",\n "output": }]', 'data.jsonl line 2: broken JSON'),
-    'row without an answer': (jsonl(GOOD, GOOD, {'instruction': 'Say hello.'}), "data.jsonl row 3: 'output' is missing"),
+    'row without an answer': (jsonl(GOOD, GOOD, {'instruction': 'Hi'}), "data.jsonl row 3: 'output' is missing"),
     'empty answer': (jsonl(GOOD, {**GOOD, 'output': '  '}), "data.jsonl row 2: 'output' is empty"),
     'null answer': (jsonl(GOOD, {**GOOD, 'output': None}), "data.jsonl row 2: 'output' is missing"),
     'unknown role': (jsonl(turns('user'), turns('wizard')), "data.jsonl row 2: 'messages[0].role' is 'wizard'"),
-    'column of numbers': (jsonl(*[{'instruction': i, 'output': i+1} for i in range(5)]), "data.jsonl row 1: 'instruction' must be text, found int '0'"),
+    'column of numbers': (jsonl(*[{'instruction': i, 'output': i+1} for i in range(5)]),
+                          "data.jsonl row 1: 'instruction' must be text, found int '0'"),
     'unknown columns': (jsonl(*[{'q': 'a', 'a': 'b'}]*3), 'data.jsonl: columns q, a fit no format'),
     'bare lists': (b'[[1, 2], [3]]', 'data.jsonl: no row has named columns'),
     'not UTF-8': ('{"instruction": "Grüß"}'.encode('latin-1'), 'is not UTF-8'),
-    '1 MB string': (jsonl(*[{'instruction': 'x'*1_000_000, 'output': 'y'}]*4), 'rows are longer than max_length=256 tokens'),
+    '1 MB string': (jsonl(*[{**GOOD, 'instruction': 'x'*1_000_000}]*4), 'rows are longer than max_length=256 tokens'),
     'one row': (jsonl(GOOD), 'one row is not enough'),
 }
 
@@ -50,7 +51,8 @@ READ = {
 def test_read_right(ftkit, tmp_path, name):
     from ftkit.formats import load
     (tmp_path/'data.jsonl').write_bytes(READ[name])
-    assert load('data.jsonl')['messages'] == [[{'role': 'user', 'content': 'Say hello.'}, {'role': 'assistant', 'content': 'Hello!'}]]*10
+    chat = [dict(role='user', content='Say hello.'), dict(role='assistant', content='Hello!')]
+    assert load('data.jsonl')['messages'] == [chat]*10
 
 def test_one_long_row_among_good_ones_is_counted(ftkit, tmp_path):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*[GOOD]*20, {**GOOD, 'instruction': 'x'*1_000_000}))
@@ -70,8 +72,10 @@ def test_a_process_ends_with_code_2(spawn, tmp_path):
     assert (p.returncode, out, err) == (2, '', 'ftkit: nowhere.jsonl: no such file\n')
 
 @pytest.mark.parametrize('args,says', [
-    (('--max-steps', '0'), 'option: max_steps = 0: must be a positive whole number'), (('--adapter', 'loro'), 'adapter = loro: must be one of lora, qlora, full'), (('--format', 'alpacca'), "format 'alpacca'"),
-    (('--model', 'no/such'), 'no/such: no tokenizer'), (('--held-out', '1.5'), '--held-out 1.5'), (('--mapping', 'output=nope'), "'nope' is missing")])
+    (('--max-steps', '0'), 'option: max_steps = 0: must be a positive whole number'),
+    (('--adapter', 'loro'), 'adapter = loro: must be one of lora, qlora, full'),
+    (('--format', 'alpacca'), "format 'alpacca'"), (('--model', 'no/such'), 'no/such: no tokenizer'),
+    (('--held-out', '1.5'), '--held-out 1.5'), (('--mapping', 'output=nope'), "'nope' is missing")])
 def test_wrong_options(ftkit, tmp_path, args, says):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*[GOOD]*10))
     code,_,err = ftkit('sft', 'data.jsonl', '--model', 'embedded', '--out', 'run', *args)

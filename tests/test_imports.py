@@ -8,7 +8,8 @@ HEAVY = 'torch transformers datasets peft bitsandbytes trl vllm unsloth matplotl
 
 def loaded_by(statement):
     "Names of the modules loaded by a statement, and the seconds it took, in a fresh process"
-    out = subprocess.run([sys.executable, '-X', 'importtime', '-c', statement], capture_output=True, text=True, check=True).stderr
+    command = [sys.executable, '-X', 'importtime', '-c', statement]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     lines = [re.match(r'import time:\s+(\d+) \|\s+(\d+) \| (\s*)(\S+)', line) for line in out.splitlines()]
     found = [m for m in lines if m]
     return {m[4] for m in found}, sum(int(m[1]) for m in found)/1e6

@@ -24,7 +24,8 @@ def test_tuned_saved_and_loaded(tmp_path, monkeypatch, adapter):
     tok = load_tokenizer('embedded')
     model = load_model('embedded', tok, adapter)
     frozen,before = digest(model),logits(model, tok)
-    run = train(model, tok, rows(160), out=tmp_path/'run', max_steps=10, per_device_train_batch_size=16, learning_rate=2e-3)
+    run = train(model, tok, rows(160), out=tmp_path/'run', max_steps=10, per_device_train_batch_size=16,
+                learning_rate=2e-3)
     losses = [e['loss'] for e in run.log if 'loss' in e]
     assert losses[-1] < losses[0]-1
     assert digest(model) == frozen, 'the base never changes'
@@ -51,7 +52,8 @@ def test_plain_transformers_and_peft_load_what_is_saved(tmp_path):
     for p in model.parameters():
         if p.requires_grad: torch.nn.init.normal_(p, std=.02)
     save(model, tok, tmp_path/'tuned')
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'tuned'), AutoTokenizer.from_pretrained(tmp_path/'tuned')), logits(model, tok))
+    tok2,model2 = (cls.from_pretrained(tmp_path/'tuned') for cls in (AutoTokenizer, AutoPeftModelForCausalLM))
+    assert torch.equal(logits(model2, tok2), logits(model, tok))
 
 def test_saving_over_an_old_model_leaves_only_the_new(tmp_path):
     tok = load_tokenizer('embedded')
@@ -74,11 +76,13 @@ def test_saving_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
 def test_all_rows_of_an_epoch_are_seen_when_steps_follow_from_epochs(tmp_path, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')
     tok = load_tokenizer('embedded')
-    train(load_model('embedded', tok), tok, rows(50), out=tmp_path/'run', max_steps=-1, num_train_epochs=2, per_device_train_batch_size=16)
+    train(load_model('embedded', tok), tok, rows(50), out=tmp_path/'run', max_steps=-1, num_train_epochs=2,
+          per_device_train_batch_size=16)
     assert max(e['step'] for e in read_log(tmp_path/'run')) == 8
 
 def test_unknown_adapter():
-    with pytest.raises(FtkitError, match='use lora, qlora, full or None'): load_model('embedded', load_tokenizer('embedded'), 'loro')
+    tok = load_tokenizer('embedded')
+    with pytest.raises(FtkitError, match='use lora, qlora, full or None'): load_model('embedded', tok, 'loro')
 
 def test_a_4bit_model_trains_the_same_after_an_evaluation():
     "bitsandbytes' CPU kernel for inference has no gradient: a model once evaluated must not be left on it"

@@ -1,4 +1,6 @@
 "Against TRL: the same data, seed and model must cost the same at every step"
+from dataclasses import replace
+from functools import partial
 import pytest, torch
 from ftkit.chat import set_template
 from ftkit.tasks import rows
@@ -7,8 +9,9 @@ from ftkit.tiny import tiny
 STEPS = 20
 
 def settings(out):
-    return dict(output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type='linear', warmup_steps=5,
-                weight_decay=0., logging_steps=1, seed=0, use_cpu=True, bf16=False, report_to='none', save_strategy='no', disable_tqdm=True)
+    return dict(output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2,
+                lr_scheduler_type='linear', warmup_steps=5, weight_decay=0., logging_steps=1, seed=0, use_cpu=True,
+                bf16=False, report_to='none', save_strategy='no', disable_tqdm=True)
 
 def losses(log): return torch.tensor([entry['loss'] for entry in log if 'loss' in entry])
 
@@ -21,8 +24,10 @@ def trl_losses(data, out, **extra):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     tok,model = chat_model()
-    config = SFTConfig(**{**settings(out), **extra}, assistant_only_loss=True, max_length=None, packing=False, gradient_checkpointing=False)
-    trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list([dict(messages=r['messages']) for r in data]), processing_class=tok)
+    config = SFTConfig(**{**settings(out), **extra}, assistant_only_loss=True, max_length=None, packing=False,
+                       gradient_checkpointing=False)
+    ds = Dataset.from_list([dict(messages=r['messages']) for r in data])
+    trainer = SFTTrainer(model, config, train_dataset=ds, processing_class=tok)
     trainer.train()
     return losses(trainer.state.log_history)
 
@@ -32,7 +37,9 @@ def ftkit_losses(data, out, **extra):
     options = {k:v for k,v in settings(out).items() if k != 'output_dir'}
     return losses(train(model, tok, data, out=out, **{**options, **extra}).log)
 
-@pytest.mark.parametrize('extra', [{}, dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)], ids=['batch of 8', '4 times 2'])
+FOUR_TIMES_TWO = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+
+@pytest.mark.parametrize('extra', [{}, FOUR_TIMES_TWO], ids=['batch of 8', '4 times 2'])
 def test_sft_equals_trl_at_every_step(tmp_path, extra):
     data = rows(200)
     ours,theirs = ftkit_losses(data, tmp_path/'ours', **extra),trl_losses(data, tmp_path/'theirs', **extra)
@@ -41,11 +48,12 @@ def test_sft_equals_trl_at_every_step(tmp_path, extra):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert ours[0] > 5 and ours[-1] < ours[0]-1, 'a run that learns nothing would compare nothing'
 
-def test_a_different_mask_is_noticed(tmp_path):
+def test_a_different_mask_is_noticed(tmp_path, monkeypatch):
+    from ftkit.mask import encode_dataset
+    from ftkit.train import OBJECTIVES
+    monkeypatch.setitem(OBJECTIVES, 'sft', replace(OBJECTIVES['sft'], prepare=partial(encode_dataset, train_on='all')))
     data = rows(200)
-    theirs = trl_losses(data, tmp_path/'theirs')
-    everything = ftkit_losses([dict(messages=r['messages'][:1]+[dict(role='assistant', content=r['messages'][1]['content']+'.')]) for r in data], tmp_path/'ours')
-    assert (everything-theirs).abs().max() > 1e-2
+    assert (ftkit_losses(data, tmp_path/'ours')-trl_losses(data, tmp_path/'theirs')).abs().max() > 1e-2
 
 @pytest.mark.parametrize('name', ['qwen2_5_training', 'llama3_training', 'qwen3_training'])
 def test_labels_equal_the_templates_own_marks(shared, name):
@@ -53,9 +61,11 @@ def test_labels_equal_the_templates_own_marks(shared, name):
     from ftkit.mask import encode
     tok,_ = tiny()
     tok.chat_template = (shared/'templates'/'trl'/f'{name}.jinja').read_text()
-    chat = [dict(role='user', content='2 + 2?'), dict(role='assistant', content='It is 4.'), dict(role='user', content='3 + 3?'), dict(role='assistant', content='6')]
+    turns = ('user', '2 + 2?'), ('assistant', 'It is 4.'), ('user', '3 + 3?'), ('assistant', '6')
+    chat = [dict(role=role, content=content) for role,content in turns]
     marks = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     ours = encode(tok, chat)
     assert ours['input_ids'] == list(marks['input_ids'])
-    trained = [tok.decode([i for i,m in zip(marks['input_ids'], mask) if m]) for mask in (marks['assistant_masks'], [l != -100 for l in ours['labels']])]
-    assert "".join(trained[1].split()) == "".join(trained[0].split()), 'equal but for white space after the end of a turn, which we do not train'
+    # equal but for white space after the end of a turn, which we do not train
+    def trained(mask): return ''.join(tok.decode([i for i,m in zip(ours['input_ids'], mask) if m]).split())
+    assert trained([label != -100 for label in ours['labels']]) == trained(marks['assistant_masks'])

@@ -1,4 +1,4 @@
-"The command line on real data sets and a real base model that has never seen a chat token; and what is left when it is killed"
+"The command line on real data and a real base model that has never seen a chat token; and when it is killed"
 import signal, time
 import pytest, torch
 from ftkit.train import last_checkpoint, read_log
@@ -6,8 +6,8 @@ from ftkit.train import last_checkpoint, read_log
 FILES = {'gsm8k_train.jsonl': ('--mapping', 'instruction=question,output=answer'), 'alpaca_5000.part.jsonl': ()}
 
 def command(shared, name, out, *extra):
-    return ('sft', shared/'datasets'/name, '--model', shared/'models'/'stories260K', '--out', out, *FILES[name], '--max-length', 512,
-            '--batch-size', 8, '--held-out', .02, '--max-steps', 20, '--save-steps', 5, *extra)
+    return ('sft', shared/'datasets'/name, '--model', shared/'models'/'stories260K', '--out', out, *FILES[name],
+            '--max-length', 512, '--batch-size', 8, '--held-out', .02, '--max-steps', 20, '--save-steps', 5, *extra)
 
 def measured(run, key): return [entry[key] for entry in read_log(run) if key in entry]
 
@@ -35,18 +35,21 @@ def test_adapter_reloads_to_equal_logits(shared, tmp_path):
         ids = encode(tok, row['messages'])['input_ids']
         assert encode(tok2, row['messages'])['input_ids'] == ids
         with torch.no_grad():
-            assert torch.equal(model(input_ids=torch.tensor([ids])).logits, model2(input_ids=torch.tensor([ids])).logits)
-            with model2.disable_adapter(): assert not torch.equal(model2(input_ids=torch.tensor([ids])).logits, model(input_ids=torch.tensor([ids])).logits)
+            x = torch.tensor([ids])
+            tuned = model(input_ids=x).logits
+            assert torch.equal(model2(input_ids=x).logits, tuned)
+            with model2.disable_adapter(): assert not torch.equal(model2(input_ids=x).logits, tuned)
 
 def test_killed_half_way_resumes_to_the_same_loss(ftkit, spawn, shared, tmp_path):
     name = 'alpaca_5000.part.jsonl'
     assert ftkit(*command(shared, name, 'unbroken'))[0] == 0
     p,broken = spawn(*command(shared, name, 'broken')),tmp_path/'broken'
-    while p.poll() is None and not ((broken/'log.jsonl').exists() and len(measured(broken, 'loss')) >= 12): time.sleep(.01)
+    def steps(): return len(measured(broken, 'loss')) if (broken/'log.jsonl').exists() else 0
+    while p.poll() is None and steps() < 12: time.sleep(.01)
     p.send_signal(signal.SIGKILL)
     p.communicate()
     assert p.returncode == -signal.SIGKILL, 'it was killed, and not done before'
-    assert 12 <= len(measured(broken, 'loss')) < 20 and last_checkpoint(broken).name == 'checkpoint-10' and not (broken/'adapter').exists()
+    assert 12 <= steps() < 15 and last_checkpoint(broken).name == 'checkpoint-10' and not (broken/'adapter').exists()
     code,_,err = ftkit(*command(shared, name, 'broken'))
     assert code == 2 and 'already holds something: resume to go on' in err
     code,out,err = ftkit(*command(shared, name, 'broken', '--resume'))
