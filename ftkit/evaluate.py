@@ -36,9 +36,11 @@ class Score:
         return sum(self.right)/len(self.right)
 
     @property
-    def stderr(self):
-        "Standard error of the share"
-        return (self.share*(1-self.share)/len(self.right))**.5
+    def interval(self):
+        "95% interval of the share (Wilson 1927): sensible for few rows, and for none or all right"
+        n,z2 = len(self.right),1.96**2
+        middle,half = self.share + z2/(2*n),(z2*(self.share*(1-self.share)/n + z2/(4*n*n)))**.5
+        return (middle-half)/(1+z2/n), (middle+half)/(1+z2/n)
 
     def by_group(self):
         "Share of right answers in each group"
@@ -46,7 +48,9 @@ class Score:
         for group,ok in zip(self.groups, self.right): by[group].append(ok)
         return {group: sum(oks)/len(oks) for group,oks in by.items()}
 
-    def __repr__(self): return f'{self.share:.1%} of {len(self.right)} right (± {1.96*self.stderr:.1%})'
+    def __repr__(self):
+        low,high = self.interval
+        return f'{self.share:.1%} of {len(self.right)} right (95% interval {low:.1%} to {high:.1%})'
 
 # %% ../nbs/61_evaluate.ipynb #ac5c04cc
 def exact_match(model,           # causal language model

@@ -13,7 +13,7 @@ __all__ = ['load_tokenizer', 'load_model', 'describe', 'is_4bit', 'save', 'load_
 # %% ../nbs/22_models.ipynb #602b2592
 import json, logging, shutil
 from pathlib import Path
-from .core import FtkitError, need
+from .core import FtkitError, need, no_bars
 from .chat import given_ids, set_template, stop_ids
 from .tiny import base
 
@@ -57,9 +57,8 @@ def _grow(model, tok):
 def _base(name, tok, precision, quantize):
     "The frozen model, its embeddings grown to the tokenizer; (model, ids of the new tokens)"
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils.logging import disable_progress_bar
     source = _source(name)
-    if Path(source).is_dir(): disable_progress_bar() # reading a local file is quick; a download has a bar of its own
+    no_bars()
     options = dict(dtype=_dtype(precision))
     if quantize:
         need('bitsandbytes', 'qlora')

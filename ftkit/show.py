@@ -92,7 +92,8 @@ def before_after(before, # `Score` of the base model
     a,b = before.by_group(),after.by_group()
     rows = [(group, f'{a[group]:.0%}', f'{b[group]:.0%}') for group in a]
     return _table(('right answers', 'before', 'after'), [*rows, ('all', f'{before.share:.1%}', f'{after.share:.1%}')],
-                  f'exact match on {len(after.right)} held-out questions, ± {1.96*after.stderr:.1%} (95%)')
+                  'exact match on {} held-out questions; 95% interval after: {:.1%} to {:.1%}'.format(
+                      len(after.right), *after.interval))
 
 # %% ../nbs/70_show.ipynb #9276cc10
 def answers(before, # `Score`

@@ -51,7 +51,7 @@ def test_killed_half_way_resumes_to_the_same_loss(ftkit, spawn, shared, tmp_path
     assert p.returncode == -signal.SIGKILL, 'it was killed, and not done before'
     assert 12 <= steps() < 15 and last_checkpoint(broken).name == 'checkpoint-10' and not (broken/'adapter').exists()
     code,_,err = ftkit(*command(shared, name, 'broken'))
-    assert code == 2 and 'already holds something: resume to go on' in err
+    assert code == 2 and 'already holds a run: resume it' in err
     code,out,err = ftkit(*command(shared, name, 'broken', '--resume'))
     assert code == 0, err
     for key in ('loss', 'eval_loss'):
