@@ -53,7 +53,7 @@ def _running_mean(values, half_life):
     return out
 
 def loss_curve(log,       # of a `Run`, or from `read_log`
-               half_life=8,  # of the running mean, in log entries
+               half_life=4,  # of the running mean, in log entries
                ax=None       # matplotlib axes to draw on
               ):             # matplotlib figure
     "Training and held-out loss by step"

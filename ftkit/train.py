@@ -105,8 +105,7 @@ def _remove(paths):
 
 def _may_write(out, over):
     if out.exists() and not out.is_dir(): raise FtkitError(f'{out} is a file: choose another folder')
-    if run_files(out) and not over:
-        raise FtkitError(f'{out} already holds a run: resume it, overwrite it, or choose another folder')
+    if run_files(out) and not over: raise FtkitError(f'{out} already holds a run: resume it, or overwrite it')
 
 # %% ../nbs/40_train.ipynb #624407bd
 def last_checkpoint(path # folder of a run
