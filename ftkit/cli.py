@@ -33,7 +33,7 @@ def _mapping(text):
         'such as instruction=question,output=answer')
     return dict(pairs)
 
-def sft(data:str,               # JSON or JSONL file, Hub id, or "tasks" for ftkit's own
+def sft(data:str=None,          # JSON or JSONL file, Hub id, or "tasks" for ftkit's own; the profile's by default
         model:str=None,         # folder, Hub id, or "embedded"; the profile's by default
         out:str='runs/sft',     # folder of the run
         format:str=None,        # alpaca, sharegpt or messages; detected by default
@@ -45,7 +45,7 @@ def sft(data:str,               # JSON or JSONL file, Hub id, or "tasks" for ftk
         max_length:int=None,    # leave out rows with more tokens; the profile's by default
         batch_size:int=None,    # rows per step and device; the profile's by default
         learning_rate:float=None, # peak of the schedule; the profile's by default
-        save_steps:int=50,      # steps between checkpoints
+        save_steps:int=None,    # steps between checkpoints; a fifth of the run by default, 50 at most
         held_out:float=.1,      # share of the rows kept to measure the loss on, 200 rows at most
         seed:int=0,             # of the split, the adapter and the order of the rows
         resume:store_true=False,   # go on from the last checkpoint in OUT
@@ -53,22 +53,25 @@ def sft(data:str,               # JSON or JSONL file, Hub id, or "tasks" for ftk
        ):
     "Fine-tune a model on a file of questions and answers"
     from ftkit.formats import load
+    from ftkit.mask import encode_dataset
     from ftkit.models import load_model, load_tokenizer
     from ftkit.train import train
     columns = _mapping(mapping)
-    p = profile(model=model, tokenizer=model and 'same', adapter=adapter, max_steps=max_steps,
+    p = profile(data=data, model=model, tokenizer=model and 'same', adapter=adapter, max_steps=max_steps,
                 max_length=max_length, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
                 gradient_accumulation_steps=batch_size and 1)
     if not 0 < held_out < 1: raise FtkitError(f'--held-out {held_out}: must be between 0 and 1')
+    if seed < 0: raise FtkitError(f'--seed {seed}: must not be negative')
     _quiet()
-    ds = load(data, format=format, mapping=columns, on_error='skip' if skip_bad else 'raise')
-    if len(ds) < 2: raise FtkitError(f'{data}: one row is not enough, as some are held out: add more')
+    ds = load(p.data, format=format, mapping=columns, on_error='skip' if skip_bad else 'raise')
+    tok = load_tokenizer(p.tokenizer)
+    ds = encode_dataset(tok, ds, max_length=p.max_length)
+    if len(ds) < 2: raise FtkitError(f'{p.data}: one row is not enough, as some are held out: add more')
     parts = ds.train_test_split(min(200, max(1, round(held_out*len(ds)))), seed=seed)
-    print(f"{data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
-    tok = load_tokenizer(p.model if p.tokenizer == 'same' else p.tokenizer)
+    print(f"{p.data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)
     run = train(tuned, tok, parts['train'], out=out, eval_data=parts['test'], resume=resume, overwrite=overwrite,
-                seed=seed, save_steps=save_steps, max_length=p.max_length, precision=p.precision,
+                seed=seed, **(dict(save_steps=save_steps) if save_steps else {}), precision=p.precision,
                 max_steps=p.max_steps, learning_rate=p.learning_rate,
                 per_device_train_batch_size=p.per_device_train_batch_size,
                 gradient_accumulation_steps=p.gradient_accumulation_steps)
@@ -82,6 +85,7 @@ def chat(run:str,               # folder of a run, or of a saved model
     "Talk to a tuned model; an empty line or Ctrl-D ends"
     from ftkit.models import load_tuned
     from ftkit.widgets import reply
+    if max_new_tokens < 1: raise FtkitError(f'--max-new-tokens {max_new_tokens}: must be at least 1')
     _quiet()
     tok,model = load_tuned(run)
     messages = []
@@ -99,7 +103,7 @@ HELP = """ftkit: the fine-tuning guide you can run
   ftkit sft DATA [--model M] [--out OUT] ...   tune a model on a file of questions and answers
   ftkit chat OUT                               talk to what came out
 
-Try it now, with the data and the small base model inside ftkit (a minute on a laptop):
+Try it now, with the data and the small base model inside ftkit (two minutes on a laptop):
   ftkit sft tasks --out runs/first
   ftkit chat runs/first
 
@@ -127,6 +131,6 @@ def main(argv=None # arguments; those of the process by default
         print('ftkit:', e, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('\nftkit: interrupted: the same command with --resume goes on from the last checkpoint',
-              file=sys.stderr)
+        hint = ': the same command with --resume goes on from the last checkpoint' if name == 'sft' else ''
+        print(f'\nftkit: interrupted{hint}', file=sys.stderr)
         return 130

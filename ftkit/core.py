@@ -137,4 +137,5 @@ def profile(device=None, # `Device`; the machine this runs on by default
         if name.startswith('FTKIT_') and key != 'settings': values[key] = _parse(key, text, f'environment {name}')
     for key,value in overrides.items():
         if value is not None: values[key] = _parse(key, str(value), 'option')
+    if values['tokenizer'] == 'same': values['tokenizer'] = values['model']
     return SimpleNamespace(**values, section=device.section, device=device)

@@ -27,30 +27,30 @@ class Score:
     "The outcome of a test"
     rows: list    # the rows that were asked
     answers: list # what the model answered
-    right: list   # True or False for each
+    correct: list # True or False for each
     groups: list  # the group of each
 
     @property
-    def share(self):
+    def accuracy(self):
         "Share of right answers, between 0 and 1"
-        return sum(self.right)/len(self.right)
+        return sum(self.correct)/len(self.correct)
 
     @property
     def interval(self):
         "95% interval of the share (Wilson 1927): sensible for few rows, and for none or all right"
-        n,z2 = len(self.right),1.96**2
-        middle,half = self.share + z2/(2*n),(z2*(self.share*(1-self.share)/n + z2/(4*n*n)))**.5
+        n,z2 = len(self.correct),1.96**2
+        middle,half = self.accuracy + z2/(2*n),(z2*(self.accuracy*(1-self.accuracy)/n + z2/(4*n*n)))**.5
         return (middle-half)/(1+z2/n), (middle+half)/(1+z2/n)
 
     def by_group(self):
         "Share of right answers in each group"
         by = defaultdict(list)
-        for group,ok in zip(self.groups, self.right): by[group].append(ok)
+        for group,ok in zip(self.groups, self.correct): by[group].append(ok)
         return {group: sum(oks)/len(oks) for group,oks in by.items()}
 
     def __repr__(self):
         low,high = self.interval
-        return f'{self.share:.1%} of {len(self.right)} right (95% interval {low:.1%} to {high:.1%})'
+        return f'{self.accuracy:.1%} of {len(self.correct)} right (95% interval {low:.1%} to {high:.1%})'
 
 # %% ../nbs/61_evaluate.ipynb #ac5c04cc
 def exact_match(model,           # causal language model
@@ -63,5 +63,5 @@ def exact_match(model,           # causal language model
     "Ask every question and count the right answers"
     rows = list(rows)
     answers = generate(model, tok, [row['messages'][:-1] for row in rows], **options)
-    right = [check(row, answer) for row,answer in zip(rows, answers)]
-    return Score(rows, answers, right, [row.get(group, 'all') for row in rows])
+    correct = [check(row, answer) for row,answer in zip(rows, answers)]
+    return Score(rows, answers, correct, [row.get(group, 'all') for row in rows])

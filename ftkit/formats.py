@@ -53,7 +53,7 @@ def _turns(column, role_key, text_key):
         turns = row.get(column)
         if not isinstance(turns, list) or not turns: raise _Bad(
             f"'{column}' must be a list of turns, found {_shown(turns)}")
-        out = []
+        out = [_turn('system', _text(row, 'system'))] if row.get('system') else []
         for i,turn in enumerate(turns):
             where = f'{column}[{i}]'
             if not isinstance(turn, dict): raise _Bad(
@@ -75,8 +75,8 @@ class Format:
     convert: callable
 
 FORMATS = dict(
-    messages=Format(('messages',), ('messages',), _turns('messages', 'role', 'content')),
-    sharegpt=Format(('conversations',), ('conversations',), _turns('conversations', 'from', 'value')),
+    messages=Format(('messages',), ('messages', 'system'), _turns('messages', 'role', 'content')),
+    sharegpt=Format(('conversations',), ('conversations', 'system'), _turns('conversations', 'from', 'value')),
     alpaca=Format(('instruction', 'output'), ('instruction', 'input', 'output', 'system'), _alpaca))
 
 # %% ../nbs/10_formats.ipynb #30e6280b
@@ -126,7 +126,7 @@ def to_messages(rows,             # list of dicts
     for i,row in enumerate(rows, 1):
         try:
             row = _renamed(row, mapping)
-            out.append({'messages': fmt.convert(row), **{c:v for c,v in row.items() if c not in fmt.reads}})
+            out.append({**{c:v for c,v in row.items() if c not in fmt.reads}, 'messages': fmt.convert(row)})
         except _Bad as e: bad.append(f'row {i}: {e}')
     more = f' ({len(bad)} of {len(rows)} rows are like that)' if len(bad) > 1 else ''
     if bad and (on_error == 'raise' or not out): raise FtkitError(f'{source} {bad[0]}{more}')
@@ -150,7 +150,8 @@ def read_rows(path # of a JSON or JSON Lines file
         try: out.append(json.loads(piece))
         except json.JSONDecodeError as e:
             line = e.lineno if array else i
-            raise FtkitError(f'{path} line {line}: broken JSON: {e.msg} at column {e.colno}') from None
+            raise FtkitError(f'{path} line {line}: broken JSON: {e.msg} at column {e.colno}: '
+                             'write an object on each line, or one array of objects') from None
     if array and len(out) == 1 and isinstance(out[0], list): out = out[0]
     if not out: raise FtkitError(f'{path}: the file is empty')
     return out
@@ -166,7 +167,7 @@ def load(path_or_id,       # a JSON or JSONL file, a Hub id, or 'tasks'
     from datasets import Dataset, load_dataset
     from pyarrow import ArrowException
     path = Path(path_or_id)
-    if str(path_or_id) == 'tasks': rows = task_rows(4800, split or 'train')
+    if str(path_or_id) == 'tasks': rows = task_rows(400 if split == 'test' else 4800, split or 'train')
     elif path.exists() or path.suffix in ('.json', '.jsonl'): rows = read_rows(path)
     else:
         try: rows = load_dataset(str(path_or_id), split=split or 'train').to_list()

@@ -12,7 +12,7 @@ __all__ = ['generate']
 
 # %% ../nbs/60_generate.ipynb #7897b4a0
 from .chat import stop_ids
-from .core import progress
+from .core import FtkitError, progress
 from .mask import prompt_ids
 
 # %% ../nbs/60_generate.ipynb #66020ef9
@@ -25,10 +25,11 @@ def generate(model,             # any causal language model
             ):                  # list of answers, without special tokens
     "Answer every prompt; greedy unless `options` say otherwise"
     import torch
+    if isinstance(prompts, str): raise FtkitError('prompts must be a list: put the question in brackets')
     chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     ids = [prompt_ids(tok, chat) for chat in chats]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    options = dict(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids(tok),
+    options = dict(do_sample=False, repetition_penalty=1., max_new_tokens=max_new_tokens, eos_token_id=stop_ids(tok),
                    pad_token_id=tok.pad_token_id) | options
     answers,was_training = [None]*len(ids),model.training
     model.eval()

@@ -18,4 +18,4 @@ def label_logps(logits, # what the model predicts after each token, shape (n, le
     logits,labels = logits[:, :-1].float(),labels[:, 1:]
     mask = labels != -100
     picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (picked - logits.logsumexp(-1)) * mask, mask
+    return (picked - logits.logsumexp(-1)).masked_fill(~mask, 0), mask

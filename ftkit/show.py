@@ -12,6 +12,7 @@ __all__ = ['View', 'show_tokens', 'loss_curve', 'before_after', 'answers', 'tran
 
 # %% ../nbs/70_show.ipynb #2292d783
 from html import escape
+from .core import FtkitError
 
 # %% ../nbs/70_show.ipynb #fd506678
 class View:
@@ -61,6 +62,7 @@ def loss_curve(log,       # of a `Run`, or from `read_log`
     if not ax:
         ax = plt.subplots(figsize=(5, 2.4), dpi=80, layout='constrained')[1]
         plt.close(ax.figure) # shown as the value of a cell, not a second time at its end
+    if not any('loss' in e for e in log): raise FtkitError('no loss in this log: has the run made a step?')
     steps,losses = zip(*[(e['step'], e['loss']) for e in log if 'loss' in e])
     ax.plot(steps, losses, color='#9ca3af', lw=.8, label='each step')
     ax.plot(steps, _running_mean(losses, half_life), color='#2d6a4f', lw=2, label='running mean')
@@ -91,9 +93,10 @@ def before_after(before, # `Score` of the base model
     "Share of right answers by group, before and after"
     a,b = before.by_group(),after.by_group()
     rows = [(group, f'{a[group]:.0%}', f'{b[group]:.0%}') for group in a]
-    return _table(('right answers', 'before', 'after'), [*rows, ('all', f'{before.share:.1%}', f'{after.share:.1%}')],
+    rows.append(('all', f'{before.accuracy:.1%}', f'{after.accuracy:.1%}'))
+    return _table(('right answers', 'before', 'after'), rows,
                   'exact match on {} held-out questions; 95% interval after: {:.1%} to {:.1%}'.format(
-                      len(after.right), *after.interval))
+                      len(after.correct), *after.interval))
 
 # %% ../nbs/70_show.ipynb #9276cc10
 def answers(before, # `Score`
@@ -103,7 +106,7 @@ def answers(before, # `Score`
     "The first `n` questions with both answers"
     cut = lambda s: _visible(s[:40]).replace('·', ' ') + '…'*(len(s) > 40)
     rows = [(r['messages'][-2]['content'].split('\n')[-1], cut(a), cut(b), '✓' if ok else '✗')
-            for r,a,b,ok in zip(before.rows[:n], before.answers, after.answers, after.right)]
+            for r,a,b,ok in zip(before.rows[:n], before.answers, after.answers, after.correct)]
     return _table(('question', 'before', 'after', ''), rows, text_columns=4)
 
 # %% ../nbs/70_show.ipynb #6f1b339e
@@ -114,7 +117,7 @@ def transcript(messages # list of dicts with `role` and `content`
     "A conversation, the user's turns on the right"
     side = dict(user=('#dbeafe', 'margin-left:auto'), assistant=('#e5e7eb', ''), system=('#fef3c7', ''))
     def bubble(m):
-        color,place = side[m['role']]
+        color,place = side.get(m['role'], ('#f3e8ff', ''))
         style = f'{_bubble.format(color)};width:fit-content;{place}'
         return f'<div role="listitem" aria-label="{m["role"]}" style="{style}">{escape(m["content"])}</div>'
     html = ''.join(map(bubble, messages))

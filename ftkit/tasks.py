@@ -216,6 +216,8 @@ def rows(n,                 # number of rows
     "Instruction rows with a verifiable answer; raises `FtkitError` when there are not `n` different ones"
     rng,seen,out,misses = random.Random(seed),set(),[],0
     families = list(families or FAMILIES)
+    if unknown := {*families} - {*FAMILIES}: raise FtkitError(f'no family {join(unknown)}: use {join(FAMILIES)}')
+    if difficulty not in (1, 2, 3): raise FtkitError(f'difficulty={difficulty}: must be 1, 2 or 3')
     while len(out) < n:
         family = families[(len(out)+misses//500) % len(families)]
         item = sample(family, rng, rng.randint(1, difficulty))

@@ -12,7 +12,7 @@ Docs: https://ftkit.github.io/ftkit/train.html.md"""
 __all__ = ['OBJECTIVES', 'Objective', 'Run', 'read_log', 'run_files', 'last_checkpoint', 'train']
 
 # %% ../nbs/40_train.ipynb #6bc5613a
-import json, os, shutil, warnings
+import json, os, re, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Device, FtkitError, no_bars
@@ -95,10 +95,12 @@ def _callbacks(path):
     return [Log, Bar]
 
 # %% ../nbs/40_train.ipynb #0e6616ef
+_written = re.compile(r'checkpoint-\d+|(log\.jsonl|adapter)(\.tmp|\.old)?')
+
 def run_files(path # folder of a run
              ):    # list of paths
     "What a run has written in its folder: this, and nothing else there, is deleted when a run starts anew"
-    return [p for pattern in ('checkpoint-*', 'log.jsonl*', 'adapter*') for p in Path(path).glob(pattern)]
+    return [p for p in Path(path).glob('*') if _written.fullmatch(p.name)]
 
 def _remove(paths):
     for p in paths: shutil.rmtree(p) if p.is_dir() else p.unlink()
@@ -112,7 +114,8 @@ def last_checkpoint(path # folder of a run
                    ):    # folder of the newest whole checkpoint, or None
     "Where an interrupted run can go on"
     def step(p): return int(p.name.rsplit('-', 1)[-1])
-    for p in sorted(Path(path).glob('checkpoint-*'), key=step, reverse=True):
+    checkpoints = [p for p in run_files(path) if p.name.startswith('checkpoint')]
+    for p in sorted(checkpoints, key=step, reverse=True):
         try:
             json.loads((p/'trainer_state.json').read_text())
             return p
@@ -123,19 +126,29 @@ def _arguments(out, precision, options, evaluate, fresh):
     "`TrainingArguments`: what fits most LoRA runs, under what the caller asks for"
     from transformers import TrainingArguments
     device = Device.detect()
+    if precision not in ('fp32', 'fp16', 'bf16'): raise FtkitError(f"precision '{precision}' is not fp32, fp16 or bf16")
+    max_steps = options.get('max_steps', 150)
+    often = max(1, min(50, max_steps//5)) if max_steps > 0 else 50
     defaults = dict(max_steps=150, per_device_train_batch_size=8, per_device_eval_batch_size=32,
         learning_rate=2e-4, lr_scheduler_type='linear', warmup_steps=5, weight_decay=0.,
-        logging_steps=1, save_steps=50, save_total_limit=2, report_to='none', disable_tqdm=True,
-        eval_strategy='steps' if evaluate else 'no', eval_steps=50, eval_on_start=evaluate and fresh,
+        logging_steps=1, save_steps=often, save_total_limit=2, report_to='none', disable_tqdm=True,
+        eval_strategy='steps' if evaluate else 'no', eval_steps=often, eval_on_start=evaluate and fresh,
         remove_unused_columns=True, prediction_loss_only=True, seed=0,
         use_cpu=device.kind == 'cpu', bf16=precision == 'bf16', fp16=precision == 'fp16',
         dataloader_pin_memory=device.kind == 'cuda')
     try: return TrainingArguments(output_dir=str(out), **{**defaults, **options})
     except (TypeError, ValueError) as e: raise FtkitError(f'training options: {e}') from e
 
+def _prepared(obj, tok, ds, max_length):
+    "A data set as numbers; it may be so already"
+    if ds is None: return None
+    if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
+    return ds if 'input_ids' in ds[0] else obj.prepare(tok, ds, max_length=max_length)
+
+# %% ../nbs/40_train.ipynb #61c21392
 def train(model,           # from `load_model`
           tok,             # its tokenizer
-          data,            # `Dataset` or list of rows with `messages`
+          data,            # `Dataset` or list of rows with `messages`, or with `input_ids` and `labels`
           objective='sft', # a key of `OBJECTIVES`
           out='runs/sft',  # folder of the run
           eval_data=None,  # rows to measure the loss on while training
@@ -149,20 +162,28 @@ def train(model,           # from `load_model`
     from transformers import Trainer, PrinterCallback
     if objective not in OBJECTIVES: raise FtkitError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
     out,obj = Path(out),OBJECTIVES[objective]
+    if resume and overwrite: raise FtkitError('resume and overwrite: choose one')
     _may_write(out, resume or overwrite)
-    data,eval_data = [ds if ds is None else obj.prepare(tok, ds, max_length=max_length) for ds in (data, eval_data)]
+    data,eval_data = [_prepared(obj, tok, ds, max_length) for ds in (data, eval_data)]
     checkpoint = last_checkpoint(out) if resume else None
+    if resume and not checkpoint: print(f'no whole checkpoint in {out}: starting anew')
     args = _arguments(out, precision, options, eval_data is not None, fresh=checkpoint is None)
-    if not resume: _remove(run_files(out))
-    trainer = Trainer(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=obj.collate(tok),
-                      compute_loss_func=_reduced(obj.loss), callbacks=_callbacks(out))
+    try:
+        trainer = Trainer(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=obj.collate(tok),
+                          compute_loss_func=_reduced(obj.loss), callbacks=_callbacks(out))
+        trainer.create_optimizer()
+        trainer.get_train_dataloader()
+    except ValueError as e: raise FtkitError(f'training options: {e}') from e
     trainer.remove_callback(PrinterCallback)
+    if not checkpoint: _remove(run_files(out))
     out.mkdir(parents=True, exist_ok=True)
     no_bars()
     with warnings.catch_warnings():
         # PEFT says so at every checkpoint of a model with new tokens
         warnings.filterwarnings('ignore', 'Setting `save_embedding_layers`')
         trainer.train(resume_from_checkpoint=checkpoint)
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise FtkitError(f'the weights are not finite after training: lower learning_rate={args.learning_rate}')
     save(model, tok, out/'adapter')
     log = read_log(out)
     return Run(out, log, {k:v for entry in log for k,v in entry.items()})

@@ -18,7 +18,7 @@ def test_pretraining_repeats_itself(tmp_path):
     "Same seed, same weights; and the loss on unseen text is far below that of a random model"
     digests = []
     for name in ('a', 'b'):
-        out = run('pretrain_base.py', '--out', tmp_path/name, '--tokens', 30_000, '--rows', 4)
+        out = run('pretrain_base.py', tmp_path/name, '--tokens', 30_000, '--rows', 4)
         digests.append((tmp_path/name/'model.safetensors').read_bytes())
     assert digests[0] == digests[1]
     assert float(out.split('loss on unseen text: ')[1]) < 6.5

@@ -75,9 +75,12 @@ def test_a_process_ends_with_code_2(spawn, tmp_path):
     (('--max-steps', '0'), 'option: max_steps = 0: must be a positive whole number'),
     (('--adapter', 'loro'), 'adapter = loro: must be one of lora, qlora, full'),
     (('--format', 'alpacca'), "format 'alpacca'"), (('--model', 'no/such'), 'no/such: no tokenizer'),
+    (('--r', '0'), 'r=0: the rank'), (('--seed', '-1'), '--seed -1'), (('--batch-size', '-3'), 'must be a positive'),
+    (('--learning-rate', '1e30'), 'not finite after training: lower learning_rate'),
     (('--held-out', '1.5'), '--held-out 1.5'), (('--mapping', 'output=nope'), "'nope' is missing")])
 def test_wrong_options(ftkit, tmp_path, args, says):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*[GOOD]*10))
     code,_,err = ftkit('sft', 'data.jsonl', '--model', 'embedded', '--out', 'run', *args)
     assert code == 2 and says in err and err.count('\n') == 1
-    assert not (tmp_path/'run').exists()
+    assert not (tmp_path/'run'/'adapter').exists()
+    assert 'not finite' in says or not (tmp_path/'run').exists(), 'nothing is written before all has been checked'

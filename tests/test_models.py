@@ -55,6 +55,14 @@ def test_plain_transformers_and_peft_load_what_is_saved(tmp_path):
     tok2,model2 = (cls.from_pretrained(tmp_path/'tuned') for cls in (AutoTokenizer, AutoPeftModelForCausalLM))
     assert torch.equal(logits(model2, tok2), logits(model, tok))
 
+def test_an_adapter_of_the_embedded_model_moves_to_another_machine(tmp_path):
+    import json
+    tok = load_tokenizer('embedded')
+    folder = save(load_model('embedded', tok), tok, tmp_path/'tuned')
+    config = json.loads((folder/'adapter_config.json').read_text())
+    (folder/'adapter_config.json').write_text(json.dumps({**config, 'base_model_name_or_path': '/no/such/folder'}))
+    assert torch.isfinite(logits(load_tuned(folder)[1], tok)).all()
+
 def test_saving_over_an_old_model_leaves_only_the_new(tmp_path):
     tok = load_tokenizer('embedded')
     (tmp_path/'tuned').mkdir()
