@@ -40,8 +40,11 @@ def progress(items,  # anything to loop over
 
 def no_bars():
     "Silence the bars `transformers` shows for every file it reads or writes; downloads keep theirs"
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
+    downloads = not are_progress_bars_disabled()
     disable_progress_bar()
+    if downloads: enable_progress_bars()
 
 # %% ../nbs/00_core.ipynb #613eedc9
 @dataclass(frozen=True)

@@ -107,3 +107,9 @@ def test_a_4bit_model_trains_the_same_after_an_evaluation():
     fresh,evaluated = gradient(False),gradient(True)
     assert all(g.abs().max() > 0 for g in fresh.values())
     for n,g in fresh.items(): torch.testing.assert_close(evaluated[n], g, atol=0, rtol=0)
+
+def test_files_are_read_without_a_bar_and_downloads_keep_theirs():
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils.logging import is_progress_bar_enabled
+    load_model('embedded', load_tokenizer('embedded'), None)
+    assert not is_progress_bar_enabled() and not are_progress_bars_disabled()
