@@ -15,7 +15,7 @@ Modules:
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
-- `ftkit.train`: One trainer for every objective, resumable after any interruption
+- `ftkit.train`: One trainer for every objective, which goes on from its last checkpoint after a kill
 - `ftkit.widgets`: Thin controls over the views: type, and see"""
 
 __version__ = "0.1.0"

@@ -47,7 +47,7 @@ def set_template(tok,          # tokenizer; it is changed
     return tok.add_tokens([t for t in TEMPLATES[name].tokens if t not in vocab], special_tokens=True)
 
 def template_ids(tok # tokenizer with a chat template
-             ):   # list of token ids
+                ):   # list of token ids
     "The special tokens of a template given by `set_template`, which the model has never seen used; else none"
     given = [t for t in TEMPLATES.values() if t.jinja == tok.chat_template]
     return [tok.convert_tokens_to_ids(token) for t in given for token in t.tokens]

@@ -14,7 +14,7 @@ __all__ = ['load_tokenizer', 'load_model', 'describe', 'save', 'load_tuned']
 import json, logging, shutil
 from pathlib import Path
 from .core import FtkitError, need, no_bars
-from .chat import template_ids, set_template, stop_ids
+from .chat import set_template, stop_ids, template_ids
 from .tiny import base
 
 # bitsandbytes warns on import that an optional CPU kernel is absent

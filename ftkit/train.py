@@ -1,4 +1,4 @@
-"""One trainer for every objective, resumable after any interruption
+"""One trainer for every objective, which goes on from its last checkpoint after a kill
 
 `train` runs an objective on a model and a data set and returns a `Run`. The steps themselves (precision,
 accumulation, clipping, schedules, checkpoints) are `transformers.Trainer`'s, and every option of its
