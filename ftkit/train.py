@@ -65,7 +65,8 @@ class Run:
 def read_log(path # folder of a run
             ):    # list of dicts
     "The log of a run, finished or not"
-    return [json.loads(line) for line in (Path(path)/'log.jsonl').read_text().splitlines()]
+    *lines,_ = (Path(path)/'log.jsonl').read_text().split('\n')
+    return [json.loads(line) for line in lines]
 
 def _write_whole(path, text):
     tmp = path.with_name(path.name+'.tmp')
@@ -79,8 +80,10 @@ def _callbacks(path):
     from transformers import TrainerCallback
 
     class Log(TrainerCallback):
-        def on_log(self, args, state, control, **kwargs):
+        def on_train_begin(self, args, state, control, **kwargs):
             _write_whole(path/'log.jsonl', ''.join(json.dumps(entry)+'\n' for entry in state.log_history))
+        def on_log(self, args, state, control, **kwargs):
+            with (path/'log.jsonl').open('a') as f: f.write(json.dumps(state.log_history[-1])+'\n')
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
