@@ -6,7 +6,7 @@ Modules:
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
 - `ftkit.evaluate`: How many held-out questions are answered right
-- `ftkit.formats`: From the rows people have to one schema: a list of messages, each with a role and a text
+- `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
 - `ftkit.logps`: How likely the model finds each token it should have written
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character

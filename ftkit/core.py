@@ -39,12 +39,15 @@ def progress(items,  # anything to loop over
     return tqdm(items, what, delay=3, leave=False, disable=bool(os.environ.get('IN_TEST')))
 
 def no_bars():
-    "Silence the bars `transformers` shows for every file it reads or writes; downloads keep theirs"
+    "Silence the bars `transformers` shows for every file, and in tests those of `datasets`; downloads keep theirs"
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
     downloads = not are_progress_bars_disabled()
     disable_progress_bar()
     if downloads: enable_progress_bars()
+    if os.environ.get('IN_TEST'):
+        from datasets import disable_progress_bars
+        disable_progress_bars()
 
 # %% ../nbs/00_core.ipynb #613eedc9
 @dataclass(frozen=True)
