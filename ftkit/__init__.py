@@ -8,9 +8,11 @@ Modules:
 - `ftkit.evaluate`: How many held-out questions are answered right
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
+- `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
 - `ftkit.logps`: How likely the model finds each token it should have written
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
+- `ftkit.pack`: Full rows instead of padding, and documents that cannot see each other
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers

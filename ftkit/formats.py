@@ -11,7 +11,7 @@ Docs: https://ftkit.github.io/ftkit/formats.html.md"""
 
 # %% auto #0
 __all__ = ['ROLES', 'FORMATS', 'OBJECTIVES', 'CONVERSIONS', 'alpaca_prompt', 'Format', 'Detection', 'detect', 'to_messages',
-           'kind_of', 'convert', 'as_dataset', 'read_rows', 'load']
+           'kind_of', 'convert', 'tables_dataset', 'as_dataset', 'read_rows', 'load']
 
 # %% ../nbs/10_formats.ipynb #0e513ae6
 import json, re, tempfile
@@ -132,7 +132,8 @@ def _turns(row, column, roles, answered=True):
     return out
 
 def _with_tools(row, **columns):
-    return {**columns, 'tools': _tools(row['tools'])} if row.get('tools') else columns
+    tools = _tools(row['tools']) if row.get('tools') else []
+    return {**columns, 'tools': tools} if tools else columns
 
 # %% ../nbs/10_formats.ipynb #d888eb2c
 def _alpaca_prompt(row):
@@ -330,8 +331,8 @@ def _converter(rows, format, mapping, roles, source):
     "(format, row -> converted row); the rows are looked at only to recognise their format"
     mapping = mapping or {}
     if not format:
-        given = dict.fromkeys(mapping)
-        format,_ = _recognise([{**r, **given} if isinstance(r, dict) else r for r in rows], source)
+        named = lambda row: {**row, **{ours: _at(row, theirs) for ours,theirs in mapping.items()}}
+        format,_ = _recognise([named(r) if isinstance(r, dict) else r for r in rows], source)
     if format not in FORMATS: raise FtkitError(f"format '{format}' is unknown: use one of {', '.join(FORMATS)}")
     fmt = FORMATS[format]
     known = ROLES | {theirs: ours for theirs,ours in (roles or {}).items()}
@@ -464,7 +465,7 @@ def _storable(row):
         m = {**m, 'train': float(m['train'])} if 'train' in m else m
         return {**m, 'tool_calls': json.dumps(m['tool_calls'], ensure_ascii=False)} if m.get('tool_calls') else m
     def column(c, v):
-        if c == 'tools' and v and not isinstance(v, str): return json.dumps(v, ensure_ascii=False)
+        if c == 'tools' and v is not None and not isinstance(v, str): return json.dumps(v, ensure_ascii=False)
         chat = c in ('messages', 'prompt', 'completion', 'chosen', 'rejected') and isinstance(v, list)
         return [message(m) if isinstance(m, dict) else m for m in v] if chat else v
     return {c: column(c, v) for c,v in row.items()}
@@ -483,23 +484,20 @@ def _table(rows, source):
     return pa.table(out)
 
 # %% ../nbs/10_formats.ipynb #4919af66
-def as_dataset(rows,          # iterable of rows
-               source='data', # what to call them in messages
-               chunk=10_000   # rows held in memory at a time
-              ):              # `Dataset` on disk, in a folder that lives as long as this process
-    "Rows as a `Dataset`; raises `FtkitError` when a column changes its type"
+def tables_dataset(tables,       # iterable of Arrow tables
+                   source='data' # what to call them in messages
+                  ):             # `Dataset` on disk, in a folder that lives as long as this process
+    "Tables one after the other as a `Dataset`; raises `FtkitError` when a column changes its type"
     import pyarrow as pa
     from datasets import Dataset, Features, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
-    folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
-    rows,parts,schemas = map(_storable, rows),[],[]
-    while some := list(islice(rows, chunk)):
-        table,file = _table(some, source),folder/f'{len(parts)}.arrow'
-        with pa.OSFile(str(file), 'wb') as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    folder,parts = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory())),[]
+    for k,table in enumerate(tables):
+        with pa.OSFile(str(folder/f'{k}.arrow'), 'wb') as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=1000)
-        schemas.append(table.schema)
-        parts.append(Dataset.from_file(str(file)))
+        parts.append(Dataset.from_file(str(folder/f'{k}.arrow')))
     if not parts: return Dataset.from_dict({})
+    schemas = [ds.data.schema for ds in parts]
     try: schema = pa.unify_schemas(schemas, promote_options='permissive')
     except pa.ArrowException as e: raise FtkitError(f'{source}: a column changes its type from row to row: {e}') from e
     if any(s != schema for s in schemas):
@@ -507,6 +505,14 @@ def as_dataset(rows,          # iterable of rows
         parts = [ds.map(lambda b: {c: b.get(c, [None]*len(next(iter(b.values())))) for c in features}, batched=True,
                         features=features) for ds in parts]
     return concatenate_datasets(parts)
+
+def as_dataset(rows,          # iterable of rows
+               source='data', # what to call them in messages
+               chunk=10_000   # rows held in memory at a time
+              ):              # `Dataset` on disk
+    "Rows as a `Dataset`; raises `FtkitError` when a column changes its type"
+    rows = map(_storable, rows)
+    return tables_dataset((_table(some, source) for some in iter(lambda: list(islice(rows, chunk)), [])), source)
 
 # %% ../nbs/10_formats.ipynb #cd405fde
 def _lines(path):
