@@ -2,6 +2,7 @@
 
 Modules:
 
+- `ftkit.audit`: Six ways to ruin a data set without an error message, each found by name
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
@@ -11,6 +12,7 @@ Modules:
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
 - `ftkit.logps`: How likely the model finds each token it should have written
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
+- `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
 - `ftkit.pack`: Full rows instead of padding, and documents that cannot see each other
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely

@@ -33,16 +33,19 @@ def _mapping(text):
         'such as instruction=question,output=answer')
     return dict(pairs)
 
-def sft(data:str=None,          # JSON or JSONL file, Hub id, or "tasks" for ftkit's own; the profile's by default
+def sft(data:str=None,          # file or folder of JSON, CSV or Parquet, URL, Hub id, or "tasks" for ftkit's own; the profile's by default
         model:str=None,         # folder, Hub id, or "embedded"; the profile's by default
         out:str='runs/sft',     # folder of the run
-        format:str=None,        # alpaca, sharegpt or messages; detected by default
+        format:str=None,        # a key of ftkit.formats.FORMATS; detected by default
         mapping:str=None,       # your column names, such as instruction=question,output=answer
         skip_bad:store_true=False, # leave out rows that cannot be used instead of stopping at the first
         adapter:str=None,       # lora, qlora or full; the profile's by default
         r:int=16,               # rank of the adapter
         max_steps:int=None,     # training steps; the profile's by default
-        max_length:int=None,    # leave out rows with more tokens; the profile's by default
+        max_length:int=None,    # tokens of a row; the profile's by default
+        too_long:str='drop',    # what happens to longer rows: drop, right, left, split or refuse
+        per_turn:store_true=False, # one row for each turn of the assistant, for templates that rewrite their history
+        packing:store_true=False, # fill rows of max_length with several examples
         batch_size:int=None,    # rows per step and device; the profile's by default
         learning_rate:float=None, # peak of the schedule; the profile's by default
         save_steps:int=None,    # steps between checkpoints; a fifth of the run by default, 50 at most
@@ -53,6 +56,7 @@ def sft(data:str=None,          # JSON or JSONL file, Hub id, or "tasks" for ftk
        ):
     "Fine-tune a model on a file of questions and answers"
     from ftkit.formats import load
+    from ftkit.lengths import cut_dataset
     from ftkit.mask import encode_dataset
     from ftkit.models import load_model, load_tokenizer
     from ftkit.train import train
@@ -65,13 +69,16 @@ def sft(data:str=None,          # JSON or JSONL file, Hub id, or "tasks" for ftk
     _quiet()
     ds = load(p.data, format=format, mapping=columns, on_error='skip' if skip_bad else 'raise')
     tok = load_tokenizer(p.tokenizer)
-    ds = encode_dataset(tok, ds, max_length=p.max_length)
+    ds = encode_dataset(tok, ds, per_turn=per_turn, on_error='skip' if skip_bad else 'raise')
+    ds,cut = cut_dataset(ds, p.max_length, too_long)
+    if cut.long or cut.dead: print(cut)
     if len(ds) < 2: raise FtkitError(f'{p.data}: one row is not enough, as some are held out: add more')
     parts = ds.train_test_split(min(200, max(1, round(held_out*len(ds)))), seed=seed)
     print(f"{p.data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)
     run = train(tuned, tok, parts['train'], out=out, eval_data=parts['test'], resume=resume, overwrite=overwrite,
                 seed=seed, **(dict(save_steps=save_steps) if save_steps else {}), precision=p.precision,
+                packing=packing, max_length=p.max_length,
                 max_steps=p.max_steps, learning_rate=p.learning_rate,
                 per_device_train_batch_size=p.per_device_train_batch_size,
                 gradient_accumulation_steps=p.gradient_accumulation_steps)
@@ -107,7 +114,7 @@ Try it now, with the data and the small base model inside ftkit (two minutes on 
   ftkit sft tasks --out runs/first
   ftkit chat runs/first
 
-Your own file (JSON or JSONL, as Alpaca, ShareGPT or OpenAI messages; --mapping names other columns):
+Your own file (JSON, CSV or Parquet, as Alpaca, ShareGPT or OpenAI messages; --mapping names other columns):
   ftkit sft data.jsonl --model Qwen/Qwen2.5-0.5B --mapping instruction=question,output=answer --max-steps 200
 
 Interrupted? The same command with --resume goes on where it stopped.

@@ -215,10 +215,10 @@ def _implied(chosen, rejected):
     return chosen[:n], chosen[n:], rejected[n:]
 
 # %% ../nbs/10_formats.ipynb #8910f351
-def _preference(row, roles):
+def _preference(row, roles, ending=''):
     sides = {}
     for side in ('chosen', 'rejected'):
-        value = _either(row, side, roles)
+        value = _either(row, side+ending, roles)
         text = isinstance(value, str)
         sides[side] = _transcript(value, side) if text and _speaker.match(value) else value
     if 'prompt' in row: out = dict(prompt=_either(row, 'prompt', roles), **sides)
@@ -279,8 +279,8 @@ FORMATS = dict(
     preference=Format('preference', ('chosen', 'rejected'), ('prompt', 'tools'), _preference),
     sharegpt_preference=Format('preference', ('conversations', 'chosen', 'rejected'), _chat, _sharegpt_pair),
     alpaca_preference=Format('preference', ('instruction', 'chosen', 'rejected'), (*_ask, 'output'), _alpaca_pair),
-    messages_preference=Format('preference', ('chosen_messages', 'rejected_messages'), ('tools',), lambda row, roles:
-        _preference({'chosen': row['chosen_messages'], 'rejected': row['rejected_messages']}, roles)),
+    messages_preference=Format('preference', ('chosen_messages', 'rejected_messages'), ('prompt', 'tools'),
+                               partial(_preference, ending='_messages')),
     kto=Format('unpaired', ('messages', 'label'), _chat, _labelled('messages')),
     sharegpt_kto=Format('unpaired', ('conversations', 'label'), _chat, _labelled('conversations')),
     unpaired=Format('unpaired', ('prompt', 'completion', 'label'), _chat, _unpaired),
@@ -306,8 +306,7 @@ def _recognise(rows, source):
         return known, len(f.marks)
     best = max(FORMATS, key=score)
     if not score(best)[0]:
-        wanted = '; '.join(f"{name}: {', '.join(f.marks)}" for name,f in FORMATS.items())
-        raise FtkitError(f"{source}: columns {', '.join(columns)} fit no format ({wanted}): "
+        raise FtkitError(f"{source}: columns {', '.join(columns)} fit no format ({', '.join(FORMATS)}): "
                          f'name yours in a mapping, such as instruction={columns[0]},output={columns[-1]}')
     return best, columns
 
@@ -560,12 +559,21 @@ def _suffix(path):
     parts = Path(str(path).split('?')[0]).name.split('.')[1:]
     return next((p for p in parts[::-1] if p not in ('gz', 'bz2', 'xz', 'zst')), '')
 
-def _hub(path, split, streaming, **options):
+def _hub(path, split):
+    "A data set on the Hub, as a stream"
     from datasets import load_dataset
-    try: return load_dataset(path, split=split or 'train', streaming=streaming, **options)
+    try: return load_dataset(path, split=split or 'train', streaming=True)
     except Exception as e: raise FtkitError(
-        f"{options.get('data_files', path)}: neither a file here nor a data set on the Hub that can be loaded: "
-        f'{str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+        f'{path}: neither a file here nor a data set on the Hub that can be loaded: {_first_line(e)}') from e
+
+def _first_line(e): return next(iter(str(e).splitlines()), type(e).__name__)
+
+def _file(path, kind):
+    "Rows of a CSV or Parquet file"
+    from datasets import load_dataset
+    try: yield from load_dataset(_readers[kind], split='train', streaming=True, data_files=path,
+                                 **(dict(sep='\t') if kind == 'tsv' else {}))
+    except Exception as e: raise FtkitError(f'{path}: cannot be read: {_first_line(e)}') from e
 
 def _rows(path, split):
     "An iterator over the rows of whatever the path means"
@@ -583,8 +591,8 @@ def _rows(path, split):
     elif where.is_file() or '://' in path or _suffix(path) in ('json', 'jsonl', *_readers):
         if (kind := _suffix(path)) not in _readers: yield from read_rows(path)
         elif '://' not in path and not where.is_file(): raise FtkitError(f'{path}: no such file')
-        else: yield from _hub(_readers[kind], 'train', True, data_files=path, **(dict(sep='\t') if kind == 'tsv' else {}))
-    else: yield from _hub(path, split, streaming=True)
+        else: yield from _file(path, kind)
+    else: yield from _hub(path, split)
 
 # %% ../nbs/10_formats.ipynb #1c6e1bfc
 def _stream(path, split, one, on_error, source):
@@ -607,7 +615,7 @@ def load(path_or_id,       # a file, folder or URL of JSON, JSON Lines, CSV or P
     rows = _rows(path, split)
     try: first = list(islice(rows, 1000))
     except (FtkitError, _Bad): raise
-    except Exception as e: raise FtkitError(f'{path}: cannot be read: {str(e).splitlines()[0]}') from e
+    except Exception as e: raise FtkitError(f'{path}: cannot be read: {_first_line(e)}') from e
     if not first: raise FtkitError(f'{path}: the file is empty')
     _,one = _converter(first, format, mapping, roles, path)
     if streaming: return IterableDataset.from_generator(partial(_stream, path, split, one, on_error, path))

@@ -17,36 +17,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import Device, FtkitError, no_bars
 from .logps import label_logps
+from .formats import as_dataset
+from .lengths import cut_dataset
 from .mask import encode_dataset
 from .models import save
+from .pack import Collator, pack_dataset, packable
 from .sft import sft_loss
 
 # %% ../nbs/40_train.ipynb #2d0e660a
 @dataclass(frozen=True)
 class Objective:
     "What is learned: three functions"
-    prepare: callable # (tok, ds, **options) -> Dataset of numbers
-    collate: callable # tok -> collator
-    loss: callable    # (model outputs, labels) -> (loss of each example, what to divide the batch's sum by)
+    prepare: callable # (tok, ds) -> Dataset of numbers
+    collate: callable # (tok, model) -> collator
+    loss: callable    # (model outputs, labels, weights) -> (loss of each example, what to divide the batch's sum by)
 
-def _sft_loss(outputs, labels):
+def _sft_loss(outputs, labels, weights=None):
     logps,mask = label_logps(outputs.logits, labels)
+    if weights is not None: mask = mask*weights[:,1:]
     return sft_loss(logps, mask), mask.sum()
 
-def _pad(tok):
-    "Pads ids with the padding token and labels with -100"
-    from transformers import DataCollatorForSeq2Seq
-    return DataCollatorForSeq2Seq(tok)
-
-OBJECTIVES = dict(sft=Objective(encode_dataset, _pad, _sft_loss))
+OBJECTIVES = dict(sft=Objective(encode_dataset, Collator, _sft_loss))
 
 # %% ../nbs/40_train.ipynb #b1a52645
-def _reduced(loss):
-    "An objective's loss as the scalar that `Trainer` wants"
-    def compute(outputs, labels, num_items_in_batch=None):
-        losses,n = loss(outputs, labels)
+def _trainer(loss, *args, **kwargs):
+    "A `Trainer` of an objective's loss, which also knows the weights of tokens"
+    from transformers import Trainer
+
+    class ObjectiveTrainer(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.weights = inputs.pop('weights', None)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        def _get_num_items_in_batch(self, batches, device):
+            if not batches or 'weights' not in batches[0]: return super()._get_num_items_in_batch(batches, device)
+            return sum(b['weights'][:,1:].sum() for b in batches).to(device)
+
+    def reduced(outputs, labels, num_items_in_batch=None):
+        losses,n = loss(outputs, labels, trainer.weights)
         return losses.sum() / (n if num_items_in_batch is None else num_items_in_batch)
-    return compute
+    trainer = ObjectiveTrainer(*args, compute_loss_func=reduced, **kwargs)
+    return trainer
 
 # %% ../nbs/40_train.ipynb #73a685ef
 @dataclass
@@ -136,17 +146,24 @@ def _arguments(out, precision, options, evaluate, fresh):
         learning_rate=2e-4, lr_scheduler_type='linear', warmup_steps=5, weight_decay=0.,
         logging_steps=1, save_steps=often, save_total_limit=2, report_to='none', disable_tqdm=True,
         eval_strategy='steps' if evaluate else 'no', eval_steps=often, eval_on_start=evaluate and fresh,
-        remove_unused_columns=True, prediction_loss_only=True, seed=0,
+        remove_unused_columns=False, prediction_loss_only=True, seed=0,
         use_cpu=device.kind == 'cpu', bf16=precision == 'bf16', fp16=precision == 'fp16',
         dataloader_pin_memory=device.kind == 'cuda')
     try: return TrainingArguments(output_dir=str(out), **{**defaults, **options})
     except (TypeError, ValueError) as e: raise FtkitError(f'training options: {e}') from e
 
-def _prepared(obj, tok, ds, max_length):
-    "A data set as numbers; it may be so already"
+def _prepared(obj, tok, ds, max_length, too_long, packing=False):
+    "A data set as numbers, which it may be already, cut and packed"
     if ds is None: return None
     if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
-    return ds if 'input_ids' in ds[0] else obj.prepare(tok, ds, max_length=max_length)
+    if 'input_ids' not in ds[0]: ds = obj.prepare(tok, ds)
+    if max_length:
+        ds,cut = cut_dataset(ds if hasattr(ds, 'column_names') else as_dataset(ds), max_length, too_long)
+        if cut.long or cut.dead: print(cut)
+    if not packing: return ds
+    packed = pack_dataset(ds, max_length, 'bfd' if packing is True else packing)
+    print(f'packed {len(ds):,} rows into {len(packed):,} of {max_length:,} tokens')
+    return packed
 
 # %% ../nbs/40_train.ipynb #61c21392
 def train(model,           # from `load_model`
@@ -155,25 +172,30 @@ def train(model,           # from `load_model`
           objective='sft', # a key of `OBJECTIVES`
           out='runs/sft',  # folder of the run
           eval_data=None,  # rows to measure the loss on while training
-          max_length=None, # leave out rows with more tokens
+          max_length=None, # tokens of a row
+          too_long='drop', # what happens to longer rows: one of `ftkit.lengths.WAYS`
+          packing=False,   # fill rows of `max_length` with several examples: True or 'bfd', or 'wrapped' for raw text
           precision='fp32',# of the arithmetic: 'bf16' and 'fp16' use autocast, on GPUs that have them
           resume=False,    # go on from the newest checkpoint in `out`, if there is one
           overwrite=False, # delete an earlier run in `out`
           **options        # of `transformers.TrainingArguments`
          ):                # `Run`
     "Train and save under `out`; raises `FtkitError` before anything is written if data or options are wrong"
-    from transformers import Trainer, PrinterCallback
+    from transformers import PrinterCallback
     if objective not in OBJECTIVES: raise FtkitError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
     out,obj = Path(out),OBJECTIVES[objective]
     if resume and overwrite: raise FtkitError('resume and overwrite: choose one')
     _may_write(out, resume or overwrite)
-    data,eval_data = [_prepared(obj, tok, ds, max_length) for ds in (data, eval_data)]
+    if packing and not max_length: raise FtkitError('packing needs max_length, the tokens of a row')
+    if packing and (reason := packable(model, tok)): raise FtkitError(reason)
+    data = _prepared(obj, tok, data, max_length, too_long, packing)
+    eval_data = _prepared(obj, tok, eval_data, max_length, too_long)
     checkpoint = last_checkpoint(out) if resume else None
     if resume and not checkpoint: print(f'no whole checkpoint in {out}: starting anew')
     args = _arguments(out, precision, options, eval_data is not None, fresh=checkpoint is None)
     try:
-        trainer = Trainer(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=obj.collate(tok),
-                          compute_loss_func=_reduced(obj.loss), callbacks=_callbacks(out))
+        trainer = _trainer(obj.loss, model, args, train_dataset=data, eval_dataset=eval_data,
+                           data_collator=obj.collate(tok, model), callbacks=_callbacks(out))
         trainer.create_optimizer()
         trainer.get_train_dataloader()
     except ValueError as e: raise FtkitError(f'training options: {e}') from e
