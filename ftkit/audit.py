@@ -36,8 +36,8 @@ def _id_fault(ids, wanted, bos, stops):
     if ids == wanted: return '', ids
     if bos is not None and ids == [bos, *wanted]: return 'bos.double', wanted
     if bos is not None and wanted == [bos, *ids]: return 'bos.missing', ids
-    if len(ids) < len(wanted) and [i for i in ids if i not in stops] == [i for i in wanted if i not in stops]:
-        return 'stop.missing', ids
+    said = [[i for i in x if i not in stops] for x in (ids, wanted)]
+    if len(ids) < len(wanted) and said[0] == said[1]: return 'stop.missing', ids
     return ('row.cut' if ids and (ids == wanted[:len(ids)] or ids == wanted[-len(ids):]) else 'ids.differ'), ids
 
 def _label_fault(ids, labels, wanted, stops):
@@ -46,7 +46,7 @@ def _label_fault(ids, labels, wanted, stops):
     at,should = ({i for i,l in enumerate(x) if l != -100} for x in (labels, wanted))
     if at == should: return ''
     if not at: return 'mask.empty'
-    if at in ({i+1 for i in should} & {*range(len(ids))}, {i-1 for i in should} & {*range(len(ids))}): return 'mask.shifted'
+    if any(at == {i+by for i in should} & {*range(len(ids))} for by in (-1, 1)): return 'mask.shifted'
     if not at & should: return 'mask.swapped'
     return 'stop.untrained' if at < should and all(ids[i] in stops for i in should-at) else 'mask.differs'
 
@@ -58,7 +58,8 @@ class Finding:
     rows: list # numbers of the rows that have it, from 1
     total: int # rows that were looked at
 
-    def __str__(self): return f'{self.code}: {FAULTS[self.code]} ({len(self.rows)} of {self.total} rows, first {self.rows[0]})'
+    def __str__(self): return (
+        f'{self.code}: {FAULTS[self.code]} ({len(self.rows)} of {self.total} rows, first {self.rows[0]})')
 
 def audit(tok,                  # tokenizer with the chat template of training
           ds,                   # rows with `input_ids` and `labels`
@@ -74,8 +75,8 @@ def audit(tok,                  # tokenizer with the chat template of training
         fault,ids = _id_fault(example['input_ids'], wanted['input_ids'], tok.bos_token_id, stops)
         if fault: found.setdefault(fault, []).append(n)
         elif bad := _label_fault(ids, example['labels'], wanted['labels'], stops): found.setdefault(bad, []).append(n)
-        if inference and parity(tok, inference, row['messages'], row.get('tools')):
-            found.setdefault('prompt.differs', []).append(n)
+        differs = inference and parity(tok, inference, row['messages'], row.get('tools'))
+        if differs: found.setdefault('prompt.differs', []).append(n)
     return [Finding(code, where, len(ds)) for code,where in sorted(found.items(), key=lambda kv: -len(kv[1]))]
 
 # %% ../nbs/19_audit.ipynb #7715fbc6

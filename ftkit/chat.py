@@ -14,7 +14,7 @@ __all__ = ['TEMPLATES', 'Template', 'set_template', 'template_ids', 'render', 'S
 
 # %% ../nbs/11_chat.ipynb #673da661
 import json, re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -308,6 +308,7 @@ def _check(messages, text, found):
         if isinstance(content, str) and content.strip() not in written: raise FtkitError(
             f'the chat template changes the text of turn {i}: {content[:40]!r} became {written[:40]!r}')
 
+# %% ../nbs/11_chat.ipynb #286ceb4f
 def _find(r, messages, turns=None):
     "(text, spans in the order of the text)"
     messages = [_plain(m) for m in messages]

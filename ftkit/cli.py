@@ -33,7 +33,7 @@ def _mapping(text):
         'such as instruction=question,output=answer')
     return dict(pairs)
 
-def sft(data:str=None,          # file or folder of JSON, CSV or Parquet, URL, Hub id, or "tasks" for ftkit's own; the profile's by default
+def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftkit's own; the profile's by default
         model:str=None,         # folder, Hub id, or "embedded"; the profile's by default
         out:str='runs/sft',     # folder of the run
         format:str=None,        # a key of ftkit.formats.FORMATS; detected by default

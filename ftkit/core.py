@@ -31,12 +31,13 @@ def need(module, # what to import, such as 'bitsandbytes'
     except ImportError as e: raise FtkitError(f"`{module}` is missing: pip install 'ftkit[{extra}]'") from e
 
 # %% ../nbs/00_core.ipynb #c76f466c
-def progress(items,  # anything to loop over
-             what    # the word before the bar
-            ):       # iterator over the items
+def progress(items,     # anything to loop over
+             what,      # the word before the bar
+             total=None # how many items there are, if they do not know
+            ):          # iterator over the items
     "A progress bar for loops that take longer than three seconds"
     from tqdm import tqdm
-    return tqdm(items, what, delay=3, leave=False, disable=bool(os.environ.get('IN_TEST')))
+    return tqdm(items, what, total, delay=3, leave=False, disable=bool(os.environ.get('IN_TEST')))
 
 def no_bars():
     "Silence the bars `transformers` shows for every file, and in tests those of `datasets`; downloads keep theirs"

@@ -15,6 +15,7 @@ __all__ = ['ROLES', 'FORMATS', 'OBJECTIVES', 'CONVERSIONS', 'alpaca_prompt', 'Fo
 
 # %% ../nbs/10_formats.ipynb #0e513ae6
 import json, re, tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -38,6 +39,7 @@ def _text(row, field, where=''):
     if not text.strip(): raise _Bad(f"'{where}' is empty: fill it in, or drop the row")
     return text
 
+# %% ../nbs/10_formats.ipynb #38b2fd46
 def _json(value, where, kind):
     "A value that may come as JSON text"
     if isinstance(value, str):
@@ -124,7 +126,8 @@ def _turns(row, column, roles, answered=True):
     turns = row.get(column)
     if isinstance(turns, str) and turns.lstrip().startswith('['): turns = _json(turns, column, list)
     if isinstance(turns, dict): turns = [turns]
-    if not isinstance(turns, list) or not turns: raise _Bad(f"'{column}' must be a list of turns, found {_shown(turns)}")
+    if not isinstance(turns, list) or not turns: raise _Bad(
+        f"'{column}' must be a list of turns, found {_shown(turns)}")
     out = [dict(role='system', content=_text(row, 'system'))] if row.get('system') else []
     out += [_message(turn, f'{column}[{i}]', roles) for i,turn in enumerate(turns)]
     if answered and (last := out[-1]['role']) != 'assistant': raise _Bad(
@@ -146,6 +149,7 @@ def _alpaca_prompt(row):
     fields = ['instruction'] + ['input'] * bool(row.get('input'))
     return turns + [dict(role='user', content='\n'.join(_text(row, field) for field in fields))]
 
+# %% ../nbs/10_formats.ipynb #c5a3e92b
 def _answer(row, field): return [dict(role='assistant', content=_text(row, field))]
 
 def _alpaca(row, roles): return dict(messages=_alpaca_prompt(row) + _answer(row, 'output'))
@@ -178,12 +182,14 @@ def _same_type(out, *columns):
         f"{', '.join(map(repr, columns))} must all be texts, or all lists of messages")
     return out
 
+# %% ../nbs/10_formats.ipynb #79ee1a9f
 def _prompt_completion(row, roles):
     out = _with_tools(row, prompt=_either(row, 'prompt', roles), completion=_either(row, 'completion', roles, True))
     return _same_type(out, 'prompt', 'completion')
 
 def _raw(row, roles): return dict(text=_text(row, 'text'))
 
+# %% ../nbs/10_formats.ipynb #ba6c27fa
 def _segments(row, roles):
     out = []
     for i,s in enumerate(_json(row.get('segments'), 'segments', list)):
@@ -204,6 +210,7 @@ def _transcript(text, where):
     return [dict(role=role[who], content=_text({'': said}, '', f'{where}[{i}]'))
             for i,(who,said) in enumerate(zip(pieces[::2], pieces[1::2]))]
 
+# %% ../nbs/10_formats.ipynb #8910f351
 def _implied(chosen, rejected):
     "(prompt, chosen, rejected) of two conversations or texts that begin alike"
     n = next((i for i,(a,b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
@@ -214,7 +221,7 @@ def _implied(chosen, rejected):
     else: n = min(n, len(chosen)-1, len(rejected)-1)
     return chosen[:n], chosen[n:], rejected[n:]
 
-# %% ../nbs/10_formats.ipynb #8910f351
+# %% ../nbs/10_formats.ipynb #b54cf838
 def _preference(row, roles, ending=''):
     sides = {}
     for side in ('chosen', 'rejected'):
@@ -226,6 +233,7 @@ def _preference(row, roles, ending=''):
     _same_type(out, *out)
     return _with_tools(row, **_differ(out))
 
+# %% ../nbs/10_formats.ipynb #414e4a66
 def _differ(out):
     if not out['prompt']: raise _Bad("'chosen' and 'rejected' begin differently: they need a prompt in common")
     for side in ('chosen', 'rejected'):
@@ -235,6 +243,7 @@ def _differ(out):
     if out['chosen'] == out['rejected']: raise _Bad("'chosen' and 'rejected' are the same: there is nothing to prefer")
     return out
 
+# %% ../nbs/10_formats.ipynb #96a0c04d
 def _sharegpt_pair(row, roles):
     sides = {side: _turns({side: row.get(side)}, side, roles) for side in ('chosen', 'rejected')}
     return _with_tools(row, **_differ(dict(prompt=_turns(row, 'conversations', roles, answered=False), **sides)))
@@ -255,6 +264,7 @@ def _labelled(column):
         return _with_tools(row, prompt=prompt, completion=[answer], label=_label(row))
     return convert
 
+# %% ../nbs/10_formats.ipynb #c1e70d50
 def _unpaired(row, roles): return {**_prompt_completion(row, roles), 'label': _label(row)}
 
 def _prompt(row, roles): return _with_tools(row, prompt=_either(row, 'prompt', roles))
@@ -326,6 +336,7 @@ def _renamed(row, mapping):
         f"'{mapping[lost]}' is missing, which the mapping gives for '{lost}'; the row has {', '.join(row)}")
     return {c:v for c,v in row.items() if c not in mapping.values()} | found
 
+# %% ../nbs/10_formats.ipynb #4250af3a
 def _converter(rows, format, mapping, roles, source):
     "(format, row -> converted row); the rows are looked at only to recognise their format"
     mapping = mapping or {}
@@ -384,9 +395,10 @@ def _converted(rows, one, bad):
         try: yield one(row)
         except _Bad as e: bad.append(f'row {i}: {e}')
 
+# %% ../nbs/10_formats.ipynb #ad40c042
 def to_messages(rows,             # list of dicts
                 format=None,      # a key of `FORMATS`; found by `detect` by default
-                mapping=None,     # dict of our column name -> the name in these rows, or a path such as instances.0.output
+                mapping=None,     # dict of our column name -> theirs, which may be a path such as instances.0.output
                 on_error='raise', # or 'skip': leave bad rows out and print how many
                 source='data',    # what to call the rows in messages
                 roles=None        # dict of a role's name in these rows -> ours
@@ -407,8 +419,10 @@ def _only(row, *columns, **new):
     return kept | {c: row[c] for c in columns} | new
 
 def _joined(row, answer):
-    return _only(row, messages=_as_turns(row['prompt'], 'user') + _as_turns(answer, 'assistant'))
+    asked = _as_turns(row['prompt'], 'user')
+    return _only(row, messages=asked + _as_turns(answer, 'assistant'))
 
+# %% ../nbs/10_formats.ipynb #e4e933d6
 def _split_last(row): return dict(prompt=row['messages'][:-1], completion=row['messages'][-1:])
 
 _no_answer = 'a prompt has no answer yet: sample some, and judge them'
@@ -444,7 +458,7 @@ def kind_of(row # of converted data
                              unpaired=('prompt', 'completion', 'label'), prompt_completion=('prompt', 'completion'),
                              prompt=('prompt',), segments=('segments',), text=('text',)).items():
         if all(c in row for c in columns): return kind
-    raise FtkitError(f"columns {', '.join(row)} are of no kind ({', '.join(OBJECTIVES)}): convert them with to_messages")
+    raise FtkitError(f"columns {', '.join(row)} are of no kind ({', '.join(OBJECTIVES)}): to_messages converts them")
 
 def convert(rows, # list of converted rows, or `Dataset`
             to    # kind of rows to make, a key of `OBJECTIVES`
@@ -482,7 +496,7 @@ def _table(rows, source):
             f"{source}: column '{c}' has text that is not Unicode (half a surrogate pair): mend or drop it") from e
     return pa.table(out)
 
-# %% ../nbs/10_formats.ipynb #4919af66
+# %% ../nbs/10_formats.ipynb #f135e8d6
 def tables_dataset(tables,       # iterable of Arrow tables
                    source='data' # what to call them in messages
                   ):             # `Dataset` on disk, in a folder that lives as long as this process
@@ -490,11 +504,15 @@ def tables_dataset(tables,       # iterable of Arrow tables
     import pyarrow as pa
     from datasets import Dataset, Features, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
-    folder,parts = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory())),[]
-    for k,table in enumerate(tables):
-        with pa.OSFile(str(folder/f'{k}.arrow'), 'wb') as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    folder,files,schema = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory())),[],None
+    with ExitStack() as opened: # one file as long as the schema stays the same
+        for table in tables:
+            if table.schema != schema:
+                schema,file = table.schema,folder/f'{len(files)}.arrow'
+                writer = opened.enter_context(pa.ipc.new_stream(opened.enter_context(file.open('wb')), schema))
+                files.append(str(file))
             writer.write_table(table, max_chunksize=1000)
-        parts.append(Dataset.from_file(str(folder/f'{k}.arrow')))
+    parts = [Dataset.from_file(file) for file in files]
     if not parts: return Dataset.from_dict({})
     schemas = [ds.data.schema for ds in parts]
     try: schema = pa.unify_schemas(schemas, promote_options='permissive')
@@ -505,6 +523,7 @@ def tables_dataset(tables,       # iterable of Arrow tables
                         features=features) for ds in parts]
     return concatenate_datasets(parts)
 
+# %% ../nbs/10_formats.ipynb #396829f3
 def as_dataset(rows,          # iterable of rows
                source='data', # what to call them in messages
                chunk=10_000   # rows held in memory at a time
@@ -518,14 +537,15 @@ def _lines(path):
     "(line number, text) of a text file or URL"
     import fsspec
     try:
-        with fsspec.open(str(path), encoding='utf-8-sig', mode='rt', compression='infer', newline='\n') as f:
-            yield from enumerate(f, 1)
+        file = fsspec.open(str(path), encoding='utf-8-sig', mode='rt', compression='infer', newline='\n')
+        with file as f: yield from enumerate(f, 1)
     except FileNotFoundError: raise FtkitError(f'{path}: no such file') from None
     except UnicodeDecodeError as e: raise FtkitError(
         f'{path}: byte {e.start} is not UTF-8: save the file as UTF-8') from None
     except (OSError, ValueError, ImportError) as e: raise FtkitError(
         f'{path}: cannot be read: {getattr(e, "strerror", None) or e}') from None
 
+# %% ../nbs/10_formats.ipynb #4bc61c1a
 def _loads(text, path, first=1):
     try: return json.loads(text)
     except json.JSONDecodeError as e: raise FtkitError(
@@ -534,6 +554,7 @@ def _loads(text, path, first=1):
 
 def _is_row(x): return isinstance(x, dict) and not {'role', 'content'} <= {*x} and not {'from', 'value'} <= {*x}
 
+# %% ../nbs/10_formats.ipynb #4fc9d5c0
 def read_rows(path # of a JSON or JSON Lines file, which may be a URL or packed
              ):    # iterator over whatever the file holds, a dict per row as a rule
     "The rows of a file; raises `FtkitError` with the line that is broken"
@@ -568,6 +589,7 @@ def _hub(path, split):
 
 def _first_line(e): return next(iter(str(e).splitlines()), type(e).__name__)
 
+# %% ../nbs/10_formats.ipynb #1c6e1bfc
 def _file(path, kind):
     "Rows of a CSV or Parquet file"
     from datasets import load_dataset
@@ -594,13 +616,16 @@ def _rows(path, split):
         else: yield from _file(path, kind)
     else: yield from _hub(path, split)
 
-# %% ../nbs/10_formats.ipynb #1c6e1bfc
+# %% ../nbs/10_formats.ipynb #78184ff4
 def _stream(path, split, one, on_error, source):
-    for i,row in enumerate(_rows(path, split), 1):
+    bad,n = [],0
+    for n,row in enumerate(_rows(path, split), 1):
         try: yield _storable(one(row))
-        except _Bad as e:
-            if on_error == 'raise': raise FtkitError(f'{source} row {i}: {e}') from None
+        except _Bad as e: bad.append(f'row {n}: {e}')
+        if bad and on_error == 'raise': raise FtkitError(f'{source} {bad[0]}')
+    _report(bad, n, on_error, source)
 
+# %% ../nbs/10_formats.ipynb #c1b7dd80
 def load(path_or_id,       # a file, folder or URL of JSON, JSON Lines, CSV or Parquet, a Hub id, or 'tasks'
          split=None,       # of a Hub data set or folder; 'train' by default
          format=None,      # a key of `FORMATS`; detected from the first 1,000 rows by default

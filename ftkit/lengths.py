@@ -44,9 +44,9 @@ def _trained(columns, starts, lengths):
 @dataclass
 class Lengths:
     "Tokens per row"
-    tokens: 'numpy.ndarray'  # of each row
-    trained: 'numpy.ndarray' # of each row, those that are trained
-    roles: dict              # tokens in the texts of each role, and of the template around them, if they were counted
+    tokens: object  # array: tokens of each row
+    trained: object # array: those of them that are trained
+    roles: dict     # tokens in the texts of each role, and of the template around them, if they were counted
 
     def percentile(self, q): # share of the rows in percent
         "The length that `q` percent of the rows do not exceed"
@@ -67,6 +67,7 @@ def _by_role(tok, rows, total):
         out[role] = out.get(role, 0) + len(enc)
     return out | dict(template=int(total) - sum(out.values()))
 
+# %% ../nbs/13_lengths.ipynb #41d983f2
 def profile_lengths(ds,          # `Dataset` from `encode_dataset`
                     tok=None,    # tokenizer, to count by role
                     messages=None # rows with `messages` that `ds` was made of, to count by role
@@ -112,7 +113,8 @@ class Cut:
         did = dict(drop='left out', right='cut on the right', left='cut on the left', split='split', refuse='too long')
         said = [f'{self.long:,} of {self.rows:,} rows are longer than max_length={self.max_length} tokens '
                 f'({self.first}): {did[self.how]}'] if self.long else []
-        said += [f'{self.lost:,} of {self.tokens:,} tokens lost, {self.untaught:,} of them trained'] if self.lost else []
+        lost = f'{self.lost:,} of {self.tokens:,} tokens lost, {self.untaught:,} of them trained'
+        said += [lost] if self.lost else []
         said += [f'{self.unended:,} rows lost the token that ends their answer'] if self.unended else []
         said += [f'{self.dead:,} rows left out because nothing in them is trained'] if self.dead else []
         return '; '.join(said)
@@ -162,6 +164,7 @@ def _cut_batch(columns, starts, lengths, max_length, how, report):
         setattr(report, name, getattr(report, name)+int(n))
     return pieces, counts
 
+# %% ../nbs/13_lengths.ipynb #93e8454e
 def cut_dataset(ds,         # `Dataset` with `input_ids` and `labels`
                 max_length, # tokens
                 how='drop'  # one of `WAYS`
@@ -180,13 +183,11 @@ def cut_dataset(ds,         # `Dataset` with `input_ids` and `labels`
 def from_arrays(parts # iterable of (dict of flat arrays, number of values in each row)
                ):     # `Dataset` on disk
     "Rows of tokens as a `Dataset`"
-    import numpy as np
-    import pyarrow as pa
-    def tables():
-        for columns,counts in parts:
-            ends = pa.array(np.append(0, counts.cumsum()).astype(np.int32))
-            yield pa.table({c: pa.ListArray.from_arrays(ends, pa.array(v)) for c,v in columns.items()})
-    return tables_dataset(tables())
+    import numpy as np, pyarrow as pa
+    def table(columns, counts):
+        ends = pa.array(np.append(0, counts.cumsum()).astype(np.int32))
+        return pa.table({c: pa.ListArray.from_arrays(ends, pa.array(v)) for c,v in columns.items()})
+    return tables_dataset(table(*part) for part in parts)
 
 # %% ../nbs/13_lengths.ipynb #cab08362
 @dataclass

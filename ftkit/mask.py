@@ -12,13 +12,16 @@ Docs: https://ftkit.github.io/ftkit/mask.html.md"""
 __all__ = ['typed_controls', 'tokenize', 'prompt_ids', 'encode', 'token_roles', 'encode_dataset']
 
 # %% ../nbs/12_mask.ipynb #56ec3a40
-import hashlib, json, re
+import hashlib, json, os, re
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 from unicodedata import is_normalized
+from unittest.mock import patch
 from . import __version__
-from .core import FtkitError, no_bars
+from .core import FtkitError, no_bars, progress
 from .chat import _find, _renderer, left_out, one_per_turn, render, spans
 from .formats import as_dataset
 
@@ -209,8 +212,8 @@ def _labelled(tok, texts, ranges, typed):
 # %% ../nbs/12_mask.ipynb #01b5cb9c
 def _read_rows(tok, rows, train_on, controls):
     "(texts, ranges to train, places of typed control tokens, reasons of refused rows or '', typed tokens per row)"
-    for name,value,known in (('train_on', train_on, ('assistant', 'last', 'all')), ('controls', controls, ('keep', 'text'))):
-        if value not in known: raise FtkitError(f"{name} '{value}' is unknown: use {', '.join(known)}")
+    for name,value,known in (('train_on', train_on, 'assistant last all'), ('controls', controls, 'keep text')):
+        if value not in known.split(): raise FtkitError(f"{name} '{value}' is unknown: use one of {known}")
     texts,ranges,places,refused,typed,words = [],[],[],[],[],_controls(tok)
     bound,eos = lru_cache(partial(_renderer, tok)),tok.eos_token or ''
     def renderer(tools): return bound(json.dumps(tools, ensure_ascii=False) if isinstance(tools, list) else tools)
@@ -273,8 +276,7 @@ def token_roles(tok,        # tokenizer with a chat template
 # %% ../nbs/12_mask.ipynb #58d76f10
 def _encode_batch(batch, tok, train_on, per_turn, controls):
     "A batch of columns to an Arrow table"
-    import numpy as np
-    import pyarrow as pa
+    import numpy as np, pyarrow as pa
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     if per_turn: rows = [{**row, 'messages': messages} for row in rows for messages in one_per_turn(row['messages'])]
     texts,ranges,places,refused,typed = _read_rows(tok, rows, train_on, controls)
@@ -284,18 +286,40 @@ def _encode_batch(batch, tok, train_on, per_turn, controls):
     ends = lengths.cumsum(dtype=np.int32)
     plain = ((weights == 0) | (weights == 1)).all()
     column = lambda values, ends=ends: pa.ListArray.from_arrays(ends, pa.array(values))
-    return pa.table(dict(input_ids=column(ids), labels=column(labels), refused=refused, typed=pa.array(typed, pa.int32()),
+    return pa.table(dict(input_ids=column(ids), labels=column(labels), refused=refused,
+                         typed=pa.array(typed, pa.int32()),
                          weights=column(weights[:0], 0*ends) if plain else column(weights)))
 
-def _fingerprint(ds, tok, *options):
+def _fingerprint(ds, tok, options):
     key = [ds._fingerprint, tok.chat_template, tok.backend_tokenizer.to_str(), __version__, options]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 # %% ../nbs/12_mask.ipynb #b01ae07f
+_job = {}
+
+def _encode_shard(k):
+    ds,n,folder,key,options = (_job[x] for x in ('ds', 'n', 'folder', 'key', 'options'))
+    file = str(Path(folder)/f'ftkit-{key}-{k}-of-{n}.arrow')
+    ds.shard(n, k, contiguous=True).map(**options, new_fingerprint=f'{key}{k}', cache_file_name=file)
+    return file
+
+def _map(ds, num_proc, key, **options):
+    "`ds.map`, in processes that are copies of this one if there are several"
+    from datasets import Dataset, concatenate_datasets
+    from datasets.fingerprint import get_temporary_cache_files_directory
+    if not num_proc or num_proc == 1 or 'fork' not in get_all_start_methods():
+        return ds.map(**options, num_proc=num_proc, new_fingerprint=key, desc='tokenizing')
+    folder = Path(ds.cache_files[0]['filename']).parent if ds.cache_files else get_temporary_cache_files_directory()
+    _job.update(ds=ds, n=min(8*num_proc, len(ds)), folder=folder, key=key, options=options)
+    with patch.dict(os.environ, TOKENIZERS_PARALLELISM='false'), get_context('fork').Pool(num_proc) as pool:
+        files = list(progress(pool.imap(_encode_shard, range(_job['n'])), 'tokenizing', _job['n']))
+    _job.clear()
+    return concatenate_datasets([Dataset.from_file(f) for f in files])
+
+# %% ../nbs/12_mask.ipynb #2d177572
 def _refuse(ds, source, on_error):
     "Raise for rows with a reason, or leave them out and say so"
-    import numpy as np
-    import pyarrow.compute as pc
+    import numpy as np, pyarrow.compute as pc
     refused = pc.not_equal(ds.data.column('refused'), '').to_numpy()
     bad = np.flatnonzero(refused)
     if not len(bad): return ds
@@ -305,6 +329,7 @@ def _refuse(ds, source, on_error):
     print(f'left out {len(bad)} of {len(ds)} rows, the first is {what}')
     return ds.select(np.flatnonzero(~refused))
 
+# %% ../nbs/12_mask.ipynb #8e178d72
 def encode_dataset(tok,                  # tokenizer with a chat template
                    ds,                   # `Dataset` or list of rows: messages, prompt and completion, text or segments
                    train_on='assistant', # as in `encode`
@@ -321,14 +346,13 @@ def encode_dataset(tok,                  # tokenizer with a chat template
     columns = [c for c in ds.column_names if c in ('messages', 'tools', 'prompt', 'completion', 'text', 'segments')]
     if 'messages' in columns: columns = [c for c in columns if c in ('messages', 'tools')]
     if not {*columns} & {'messages', 'completion', 'text', 'segments'}: raise FtkitError(
-        f"columns {', '.join(ds.column_names)} hold nothing to imitate: ftkit.formats.convert(ds, 'messages') may make it")
+        f"columns {', '.join(ds.column_names)} hold nothing to imitate: convert(ds, 'messages') may make it")
     features = Features(dict(input_ids=List(Value('int32')), labels=List(Value('int32')),
                              refused=Value('string'), typed=Value('int32'), weights=List(Value('float32'))))
     no_bars()
     options = dict(train_on=train_on, per_turn=per_turn, controls=controls)
-    out = ds.select_columns(columns).map(
-        partial(_encode_batch, tok=tok, **options), batched=True, remove_columns=columns, features=features,
-        num_proc=num_proc, desc='tokenizing', new_fingerprint=_fingerprint(ds, tok, options))
+    out = _map(ds.select_columns(columns), num_proc, _fingerprint(ds, tok, options), features=features,
+               function=partial(_encode_batch, tok=tok, **options), batched=True, remove_columns=columns)
     if typed := pc.sum(pc.greater(out.data.column('typed'), 0)).as_py(): print(
         f"{typed} rows hold control tokens that somebody typed: controls='text' reads them as text")
     weighted = pc.max(pc.list_value_length(out.data.column('weights'))).as_py()

@@ -55,7 +55,7 @@ def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_da
     over = (used > sizes[:,None]).any(0) if not repeat else (used >= sizes[:,None]).all(0)
     if n is None: draw = draw[:over.argmax() + repeat] if over.any() else draw
     elif over.any() and not repeat: raise FtkitError(
-        f"n={n}: '{names[int((used[:,-1] > sizes).argmax())]}' has too few rows for its weight: lower n, or repeat=True")
+        f"n={n}: '{names[int((used[:,-1] > sizes).argmax())]}' has too few rows: lower n, or repeat=True")
     order = np.empty(len(draw), np.int64)
     for k,size in enumerate(sizes):
         at = np.flatnonzero(draw == k)
@@ -65,6 +65,7 @@ def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_da
     mixed = concatenate_datasets(parts).select(order)
     return mixed, _shares(mixed, names, p)
 
+# %% ../nbs/19_mix.ipynb #796d46bf
 def _shares(mixed, names, p):
     rows,tokens = dict.fromkeys(names, 0),dict.fromkeys(names, 0)
     for row in mixed:
@@ -100,5 +101,5 @@ def split_by_prompt(ds,            # `Dataset` of converted rows
     held = groups[sizes.cumsum() - sizes/2 <= test_size*len(ds)]
     test = np.isin(keys, held)
     if test.all() or not test.any(): raise FtkitError(
-        f'{len(groups)} prompts in {len(ds)} rows cannot be split {test_size:.0%} to the rest: add rows with other prompts')
+        f'{len(groups)} prompts in {len(ds)} rows cannot be split at {test_size:.0%}: add rows with other prompts')
     return DatasetDict(train=ds.select(np.flatnonzero(~test)), test=ds.select(np.flatnonzero(test)))

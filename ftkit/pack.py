@@ -11,9 +11,8 @@ Docs: https://ftkit.github.io/ftkit/pack.html.md"""
 __all__ = ['pack', 'pack_dataset', 'Collator', 'leak', 'packable', 'padding']
 
 # %% ../nbs/14_pack.ipynb #477f50cd
-from dataclasses import dataclass
 from .core import FtkitError
-from .lengths import PER_TOKEN, _batches, from_arrays, gather
+from .lengths import PER_TOKEN, from_arrays
 
 # %% ../nbs/14_pack.ipynb #0ea7db1f
 def _checked(lengths, max_length):
@@ -29,7 +28,8 @@ def _assign(lengths, max_length):
     "The row of each document"
     import numpy as np
     order = np.argsort(-lengths, kind='stable')
-    row,n_rows,open_rows,rooms = np.empty(len(lengths), np.int64),0,{},0 # room -> its rows; bit of each room that has any
+    row,n_rows = np.empty(len(lengths), np.int64),0
+    open_rows,rooms = {},0 # room -> rows that have it; the bits of these rooms
     ends = np.flatnonzero(np.diff(lengths[order], append=0)) + 1
     for docs in np.split(order, ends[:-1]) if len(order) else []:
         size,at = int(lengths[docs[0]]),0
@@ -71,59 +71,72 @@ def pack(lengths,   # tokens of each document
     return [docs[a:b] for a,b in zip(starts[by_first].tolist(), ends[by_first].tolist())]
 
 # %% ../nbs/14_pack.ipynb #a5ed81d3
-def _positions(counts):
-    "0, 1, 2, ... for each count"
+def _views(ds):
+    "(column -> chunks of tokens, chunk of each document, its first token there, its length), without copying"
     import numpy as np
-    return np.arange(counts.sum()) - np.repeat(counts.cumsum()-counts, counts)
+    columns = [c for c in PER_TOKEN if c in ds.column_names and c != 'position_ids']
+    if 'input_ids' not in columns: raise FtkitError('these rows have no input_ids: encode_dataset first')
+    values,chunk,first,lengths,k = {c: [] for c in columns},[],[],[],0
+    for table in ds.select_columns(columns).with_format('arrow').iter(100_000):
+        for lists in zip(*(table[c].chunks for c in columns)):
+            ends = lists[0].offsets.to_numpy().astype(np.int64)
+            for c,a in zip(columns, lists): values[c].append(a.values.to_numpy())
+            chunk.append(np.full(len(ends)-1, k))
+            first.append(ends[:-1])
+            lengths.append(np.diff(ends))
+            k += 1
+    return values, *(np.concatenate(x) for x in (chunk, first, lengths))
 
-def _packed(columns, first, counts, rows):
-    "(columns, tokens per row) of documents: their first tokens, their lengths, and how many are in each row"
-    import numpy as np
-    out = {c: gather(v, first, counts) for c,v in columns.items()}
-    out['position_ids'] = _positions(counts).astype(np.int32)
-    if 'labels' in out: out['labels'][out['position_ids'] == 0] = -100
-    return out, np.add.reduceat(counts, rows.cumsum()-rows)
-
-def _wrapped(starts, lengths, max_length):
-    "(first token, tokens, pieces per row) when everything is cut every `max_length` tokens"
+def _wrapped(lengths, max_length):
+    "(document, its first token, tokens, pieces per row) when everything is cut every `max_length` tokens"
     import numpy as np
     ends = lengths.cumsum()
     edges = np.union1d(ends, np.arange(max_length, ends[-1]+max_length, max_length).clip(max=ends[-1]))
     counts = np.diff(edges, prepend=0)
     docs = np.searchsorted(ends, edges, 'left')
-    first = starts[docs] + edges-counts - (ends-lengths)[docs]
-    return first, counts, np.bincount((edges-1)//max_length)
+    return docs, edges-counts - (ends-lengths)[docs], counts, np.bincount((edges-1)//max_length)
 
 # %% ../nbs/14_pack.ipynb #86d08230
-def pack_dataset(ds,            # `Dataset` with `input_ids` and `labels`
-                 max_length,    # tokens of a row
-                 strategy='bfd',# best fit, longest first; or 'wrapped': everything in a line, for raw text
-                 rows=1000      # packed rows to write at a time
-                ):              # `Dataset` with `position_ids` too
+def _rows(values, chunk, first, counts, max_length):
+    "(columns, where documents begin) of documents one after the other"
+    import numpy as np
+    places = list(zip(chunk.tolist(), first.tolist(), (first+counts).tolist()))
+    out = {c: np.concatenate([v[k][a:b] for k,a,b in places]) for c,v in values.items()}
+    count_up = np.arange(max_length, dtype=np.int16 if max_length < 2**15 else np.int32)
+    out['position_ids'] = np.concatenate([count_up[:n] for n in counts.tolist()])
+    if 'labels' in out: out['labels'][counts.cumsum()-counts] = -100
+    return out
+
+# %% ../nbs/14_pack.ipynb #4ec1801a
+def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
+                 max_length,     # tokens of a row
+                 strategy='bfd'  # best fit, longest first; or 'wrapped': everything in a line, for raw text
+                ):               # `Dataset` on disk, with `position_ids` too
     "Pack documents into rows; raises `FtkitError` for one that is longer than a row"
     import numpy as np
     if strategy not in ('bfd', 'wrapped'): raise FtkitError(f"strategy '{strategy}' is unknown: use bfd or wrapped")
     if not len(ds): raise FtkitError('no rows to pack: the data set is empty')
-    (columns,starts,lengths), = _batches(ds, len(ds))
-    if strategy == 'bfd':
+    values,chunk,first,lengths = _views(ds)
+    if strategy == 'wrapped': docs,inside,counts,sizes = _wrapped(lengths, max_length)
+    else:
         bins = pack(lengths, max_length)
-        docs,sizes = np.concatenate(bins),np.array([len(b) for b in bins])
-        first,counts = starts[docs],lengths[docs]
-    else: first,counts,sizes = _wrapped(starts, lengths, max_length)
-    ends = sizes.cumsum()
-    def parts():
+        docs,sizes,inside = np.concatenate(bins),np.array([len(b) for b in bins]),0
+        counts = lengths[docs]
+    chunk,first,ends = chunk[docs],first[docs]+inside,sizes.cumsum()
+    def blocks(rows=1000):
         for a in range(0, len(sizes), rows):
             some = sizes[a:a+rows]
             of = slice(ends[a]-sizes[a], ends[a]-sizes[a]+some.sum())
-            yield _packed(columns, first[of], counts[of], some)
-    return from_arrays(parts())
+            yield (_rows(values, chunk[of], first[of], counts[of], max_length),
+                   np.add.reduceat(counts[of], some.cumsum()-some))
+    return from_arrays(blocks())
 
 # %% ../nbs/14_pack.ipynb #a93be66c
 class Collator:
     "Examples to a batch of tensors"
     def __init__(self,
                  tok,               # tokenizer, for its padding token
-                 model=None,        # its attention decides the layout of packed rows; without it, the one for sdpa and eager
+                 model=None,        # its attention decides how packed rows are laid; sdpa's way without it
                  padding_free=False # lay rows one after the other instead of padding them
                 ):
         self.pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id

@@ -54,6 +54,7 @@ def _runs(roles, trained, starts):
     cuts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i-1] or i in starts] + [len(keys)]
     return [(*keys[a], a, b, a in starts) for a,b in zip(cuts, cuts[1:])]
 
+# %% ../nbs/70_show.ipynb #80bdd9bc
 def show_tokens(tok,           # tokenizer
                 row,           # `input_ids`, maybe with `labels` and `position_ids`; or any row that `encode` takes
                 messages=None, # the conversation that `input_ids` were made of, to colour roles
@@ -79,7 +80,8 @@ def show_tokens(tok,           # tokenizer
         for id in row['input_ids'][a:b]:
             piece = _piece(tok, id)
             number = f'<div style="font-size:9px;text-align:center;color:#555">{id}</div>' if ids else ''
-            html.append(f'<span style="{style}" title="id {id}{also and ", "}{also}">{escape(_visible(piece))}{number}</span>'
+            hover = ', '.join(filter(None, [f'id {id}', also]))
+            html.append(f'<span style="{style}" title="{hover}">{escape(_visible(piece))}{number}</span>'
                         + '<br>'*('\n' in piece))
         said = ''.join(_piece(tok, id) for id in row['input_ids'][a:b])
         text.append('\n--- next document ---\n'*begins + (f'[{said}]' if green else said))
@@ -111,12 +113,13 @@ def template_diff(tok,      # tokenizer whose own template is one of the two
     pieces = _changes(*texts)
     same = next((i for i,(x,y) in enumerate(zip(*ids)) if x != y), min(map(len, ids)))
     note = 'the same text' if texts[0] == texts[1] else (
-        f'{sum(d for *_,d in pieces)} differences, the first at character {len(pieces[0][0]) if not pieces[0][2] else 0}; '
+        f'{sum(d for *_,d in pieces)} differences, the first at character {0 if pieces[0][2] else len(pieces[0][0])}; '
         f'{len(ids[0])} and {len(ids[1])} tokens, the first {same} alike')
-    mark = lambda t, d: f'<span style="background:#fecaca;color:#111">{escape(_visible(t))}</span>' if d else escape(_visible(t))
+    red = '<span style="background:#fecaca;color:#111">{}</span>'
+    mark = lambda text, differs: (red if differs else '{}').format(escape(_visible(text)))
     lines = [''.join(mark(p[k], p[2]) for p in pieces if p[k]) for k in (0, 1)]
     style = 'font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0'
-    text = [''.join(f'«{_visible(p[k])}»' if p[2] else _visible(p[k]) for p in pieces if p[k] or p[2]) for k in (0, 1)]
+    text = [''.join(('«{}»' if p[2] else '{}').format(p[k] and _visible(p[k])) for p in pieces) for k in (0, 1)]
     return View(''.join(f'<div style="{style}">{line}</div>' for line in lines) + f'<small>{note}</small>',
                 '\n'.join([*text, note]))
 

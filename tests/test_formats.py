@@ -9,8 +9,9 @@ MAPPINGS = dict(gsm8k_train=dict(prompt='question'), gsm8k_test=dict(instruction
     gsm8k_model_solutions=dict(prompt='question', completion='175b_verification.solution',
                                label='175b_verification.is_correct'),
     alpaca_seed_tasks=dict(input='instances.0.input', output='instances.0.output'))
-KINDS = dict(hh_harmless_base='preference', kto_en='unpaired', messages_dpo_v1='preference', rasbt_preference='preference',
-             sharegpt_dpo_en='preference', text_c4='text', torchtune_hh_rlhf_tiny='preference', gsm8k_train='prompt',
+KINDS = dict(hh_harmless_base='preference', kto_en='unpaired', messages_dpo_v1='preference',
+             rasbt_preference='preference', sharegpt_dpo_en='preference', text_c4='text',
+             torchtune_hh_rlhf_tiny='preference', gsm8k_train='prompt',
              gsm8k_model_solutions='unpaired')
 
 def test_shared_data_sets_load_whole(shared, capsys):
@@ -18,7 +19,8 @@ def test_shared_data_sets_load_whole(shared, capsys):
         name = path.name.split('.')[0]
         mapping,rows = MAPPINGS.get(name),list(read_rows(path))
         found,ds = detect(rows, mapping=mapping),load(path, mapping=mapping, on_error='skip')
-        with capsys.disabled(): print(f'{name}: {len(rows)} rows, {found.format}, {len(ds)} used, {len(found.bad)} refused', *found.bad[:1])
+        with capsys.disabled():
+            print(f'{name}: {len(rows)} rows, {found.format},', len(ds), 'used', len(found.bad), 'refused', *found.bad[:1])
         assert len(ds) + len(found.bad) == len(rows)
         assert found.kind == kind_of(ds[0]) == KINDS.get(name, 'messages')
         assert len(found.bad) <= 3 and (not found.bad or name in ('hh_harmless_base', 'rasbt_preference'))
@@ -34,11 +36,11 @@ def test_tools_and_thoughts_survive_the_road(shared):
     calls = thoughts = 0
     for name in ('sharegpt_glaive_toolcall_en', 'messages_reason_tool_use'):
         path = shared/'datasets'/f'{name}.jsonl'
-        direct = to_messages(list(read_rows(path)))
-        for row,stored in zip(direct, load(path), strict=True):
+        for row,stored in zip(to_messages(list(read_rows(path))), load(path), strict=True):
             text,found = spans(tok, row['messages'], row.get('tools'))
             assert left_out(row['messages'], text, found) == []
-            assert encode(tok, stored['messages'], tools=stored['tools']) == encode(tok, row['messages'], tools=row.get('tools'))
+            direct = encode(tok, row['messages'], tools=row.get('tools'))
+            assert encode(tok, stored['messages'], tools=stored['tools']) == direct
             calls += sum(len(m.get('tool_calls') or []) for m in row['messages'])
             thoughts += sum('reasoning_content' in m for m in row['messages'])
             assert len(one_per_turn(row['messages'])) == sum(m['role'] == 'assistant' for m in row['messages'])
@@ -53,7 +55,8 @@ ASK,ANSWER = dict(role='user', content='Hi'),dict(role='assistant', content='Hel
 OTHER = dict(ANSWER, content='Go away')
 GPT = [{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello'}]
 GOOD = dict(
-    messages=dict(messages=[ASK, ANSWER]), sharegpt=dict(conversations=GPT), alpaca=dict(instruction='Hi', output='Hello'),
+    messages=dict(messages=[ASK, ANSWER]), sharegpt=dict(conversations=GPT),
+    alpaca=dict(instruction='Hi', output='Hello'),
     prompt_completion=dict(prompt='Hi', completion=' Hello'), text=dict(text='Hello'),
     segments=dict(segments=[dict(label=True, text='Hello')]),
     preference=dict(chosen=[ASK, ANSWER], rejected=[ASK, OTHER]),
@@ -63,7 +66,8 @@ GOOD = dict(
     kto=dict(messages=[ASK, ANSWER], label=True), sharegpt_kto=dict(conversations=GPT, label=False),
     unpaired=dict(prompt='Hi', completion=' Hello', label=True), prompt=dict(prompt=[ASK], answer=4))
 WRONG = {'missing': 'DROP', 'null': None, 'number': 5, 'blank': '  ', 'empty list': [], 'list of numbers': [1, 2],
-         'object': {'a': 1}, 'unknown role': [dict(role='wizard', content='Hi'), ANSWER], 'half a list': '[{"role": "user"'}
+         'object': {'a': 1}, 'unknown role': [dict(role='wizard', content='Hi'), ANSWER],
+         'half a list': '[{"role": "user"'}
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_good_rows_of_every_format(name, tmp_path):
@@ -80,12 +84,14 @@ def test_wrong_rows_of_every_format(name, wrong, tmp_path, capsys):
     "Each marked column in turn: refused with file, row and field, or left out and counted"
     good,path = GOOD[name],tmp_path/'rows.jsonl'
     for column in FORMATS[name].marks:
-        if wrong == 'half a list' and isinstance(good[column], str) and 'prompt' not in FORMATS[name].marks: continue # a text
+        text = isinstance(good[column], str) and 'prompt' not in FORMATS[name].marks
+        if wrong == 'half a list' and text: continue
         bad = {k:v for k,v in good.items() if k != column} | ({} if wrong == 'missing' else {column: WRONG[wrong]})
         path.write_text('\n'.join(map(json.dumps, [good, good, bad])))
         with pytest.raises(FtkitError) as e: load(path, format=name)
         said = str(e.value)
-        assert said.startswith(f'{path} row 3: ') and column.split('_')[0] in said and '\n' not in said and len(said) < 400
+        assert said.startswith(f'{path} row 3: ') and column.split('_')[0] in said
+        assert '\n' not in said and len(said) < 400
         assert len(load(path, format=name, on_error='skip')) == 2
         assert f'{path}: left out 1 of 3 rows, the first is row 3: ' in capsys.readouterr().out
 

@@ -58,7 +58,8 @@ def test_one_long_row_among_good_ones_is_counted(ftkit, tmp_path):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*[GOOD]*20, {**GOOD, 'instruction': 'x'*1_000_000}))
     code,out,err = ftkit('sft', 'data.jsonl', '--model', 'embedded', '--out', 'run', '--max-steps', 1)
     assert code == 0, err
-    assert '1 of 19 rows are longer than max_length=256 tokens' in out and ': left out;' in out and (tmp_path/'run'/'adapter'/'adapter_model.safetensors').exists()
+    assert '1 of 21 rows are longer than max_length=256 tokens' in out and ': left out;' in out
+    assert (tmp_path/'run'/'adapter'/'adapter_model.safetensors').exists()
 
 def test_skip_bad_leaves_out_and_counts(ftkit, tmp_path):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*[GOOD]*20, {**GOOD, 'output': ''}, turns('user')))

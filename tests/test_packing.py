@@ -60,7 +60,7 @@ def test_packed_equals_padded_in_bf16(kind, attention, documents):
     model = build(kind, attention, **DENSE[kind])
     exact = losses(model, Collator(tok)(list(documents)))
     model = model.bfloat16()
-    apart,together = losses(model, Collator(tok)(list(documents))),losses(model, Collator(tok)(list(pack_dataset(documents, 64))))
+    apart,together = (losses(model, Collator(tok)(list(ds))) for ds in (documents, pack_dataset(documents, 64)))
     rounding = max(abs(a[2]-e[2]) for a,e in zip(apart, exact))
     assert max(abs(t[2]-a[2]) for t,a in zip(together, apart)) <= 2*rounding < .2
     assert leak(model, tok) == 0
@@ -86,7 +86,8 @@ def test_models_with_a_state_are_refused(kind, tmp_path):
     print(kind, f'{leak(model, tok):.2f}')
     assert leak(model, tok) > 1e-2 and 'pad instead' in packable(model, tok)
     data = [dict(input_ids=[5]*9, labels=[5]*9)]*4
-    with pytest.raises(FtkitError, match='pad instead'): train(model, tok, data, out=tmp_path/'run', packing=True, max_length=32)
+    with pytest.raises(FtkitError, match='pad instead'):
+        train(model, tok, data, out=tmp_path/'run', packing=True, max_length=32)
     assert not (tmp_path/'run').exists()
 
 def test_varlen_kernels_get_the_places(documents):

@@ -14,11 +14,14 @@ few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 many = settings(max_examples=200, deadline=None)
 # all of Unicode but surrogates, with what templates, tokenizers and this package itself treat in a special way
 odd = st.sampled_from(['', ' ', '\n', '\n\n', '<|im_end|>', '<|im_start|>assistant\n', '</s>', '[/INST]', '<think>',
-                       '{{ bos_token }}', '{% raw %}', 'שלום', 'مرحبا', '👩‍👩‍👧', 'e\u0301', 'क\u093c', '\u200f', '\ue000', '\x00', 'x'*2000])
+                       '{{ bos_token }}', '{% raw %}', 'שלום', 'مرحبا', '👩‍👩‍👧', 'e\u0301',
+                       'क\u093c', '\u200f', '\ue000', '\x00'])
 texts = st.lists(st.one_of(odd, st.text(max_size=20)), max_size=4).map(''.join)
 turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
 
-def conversation(pairs): return [dict(role=role, content=text) for pair in pairs for role,text in zip(('user', 'assistant'), pair)]
+def conversation(pairs):
+    return [dict(role=role, content=text) for pair in pairs for role,text in zip(('user', 'assistant'), pair)]
+
 def toks():
     for name in TEMPLATES:
         tok,_ = tiny()
@@ -80,9 +83,11 @@ def test_packing_conserves_documents(lengths, max_length):
     assert len(found) <= 11/9*np.ceil(sum(lengths)/max_length) + sum(n > max_length/2 for n in lengths) + 1
 
 @few
-@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=8), st.integers(1, 30), st.sampled_from(WAYS))
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=8), st.integers(1, 30),
+       st.sampled_from(WAYS))
 def test_cuts_account_for_every_token(rows, max_length, how):
-    ds = as_dataset([dict(input_ids=list(range(len(r))), labels=[i if t else -100 for i,t in enumerate(r)]) for r in rows])
+    labels = [[i if t else -100 for i,t in enumerate(r)] for r in rows]
+    ds = as_dataset([dict(input_ids=list(range(len(r))), labels=l) for r,l in zip(rows, labels)])
     try: out,report = cut_dataset(ds, max_length, how)
     except FtkitError as e:
         assert 'no row is left' in str(e) or how == 'refuse' and max(map(len, rows)) > max_length
@@ -112,8 +117,9 @@ def test_packed_rows_hold_the_same_tokens(lengths, max_length, strategy):
             assert p == 0 or row['input_ids'][i-1] == token-1
             assert strategy == 'wrapped' or p == token%100
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=8), lambda x: st.lists(x, max_size=3)
-                           | st.dictionaries(st.sampled_from(['role', 'content', 'from', 'value', 'type', 'text', 'label', 'x']), x, max_size=4))
+keys = st.sampled_from(['role', 'content', 'from', 'value', 'type', 'text', 'label', 'x'])
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=8),
+                           lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=4))
 
 @many
 @given(st.sampled_from(list(FORMATS)), st.data())

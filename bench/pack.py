@@ -1,0 +1,68 @@
+"""Packing: seconds for a million lengths, rows over the least possible number, and both against TRL's `pack_dataset`
+
+    python bench/pack.py [MILLIONS of lengths]
+
+Lengths are drawn from a log-normal fitted to no data set in particular and from the lengths of real conversations.
+Prints one line per figure; writes bench/pack.json.
+"""
+import os
+os.environ |= dict(TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from ftkit.lengths import from_arrays, profile_lengths
+from ftkit.pack import pack, pack_dataset
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1]/'shared'/'data'
+
+def timed(f):
+    start = time.perf_counter()
+    out = f()
+    return time.perf_counter()-start, out
+
+def real_lengths():
+    "Tokens of the conversations of the shared data sets; tasks of ftkit's own where there are none"
+    from transformers import AutoTokenizer
+    from ftkit.chat import set_template
+    from ftkit.formats import load
+    from ftkit.mask import encode_dataset
+    from ftkit.models import load_tokenizer
+    if not SHARED.is_dir(): return profile_lengths(encode_dataset(load_tokenizer('embedded'), load('tasks'))).tokens
+    tok = AutoTokenizer.from_pretrained(SHARED/'tokenizers'/'smollm2')
+    set_template(tok)
+    files = 'alpaca_5000.part.jsonl', 'alpaca_gpt4_en_demo.jsonl', 'sharegpt_fastchat_dummy.jsonl', 'text_c4.jsonl'
+    return np.concatenate([profile_lengths(encode_dataset(tok, load(SHARED/'datasets'/f))).tokens for f in files])
+
+def random_rows(lengths):
+    "A data set of random tokens with these lengths"
+    ids = np.random.default_rng(1).integers(0, 50_000, lengths.sum(), dtype=np.int32)
+    return from_arrays([(dict(input_ids=ids, labels=ids), lengths)])
+
+def main(millions='1'):
+    rng,n,real = np.random.default_rng(0),int(float(millions)*1e6),real_lengths()
+    kinds = dict(lognormal=np.clip(rng.lognormal(5.5, .9, n).astype(int), 8, 4096), real=rng.choice(real, n))
+    figures = dict(lengths=n, pack=[])
+    for kind,drawn in kinds.items():
+        for max_length in (1024, 2048, 4096):
+            lengths = np.minimum(drawn, max_length)
+            seconds,found = timed(lambda: pack(lengths, max_length))
+            over = len(found)/np.ceil(lengths.sum()/max_length) - 1
+            figures['pack'].append(dict(kind=kind, max_length=max_length, seconds=seconds, rows=len(found), over=over))
+            print(f'pack {n:,} {kind} lengths into rows of {max_length}: {seconds:.2f} s, {len(found):,} rows, '
+                  f'{over:.3%} over the least')
+    from trl import pack_dataset as trl_pack
+    figures['pack_dataset'] = []
+    for share,mean in ((1, 10), (.3, 60), (.1, 335)): # the more tokens a row has, the more of the time is copying them
+        lengths = np.clip(rng.lognormal(np.log(mean*.7), .9, int(share*n)).astype(int), 1, 2048)
+        ds = random_rows(lengths)
+        ours,packed = timed(lambda: pack_dataset(ds, 2048))
+        theirs,other = timed(lambda: trl_pack(ds.with_format('arrow'), 2048))
+        assert profile_lengths(packed).tokens.sum() == lengths.sum()
+        figures['pack_dataset'].append(dict(rows=len(ds), mean=float(lengths.mean()), ftkit=ours, trl=theirs,
+                                            times=theirs/ours, packed=len(packed), trl_packed=len(other)))
+        print(f'pack_dataset {len(ds):,} rows of {lengths.mean():.0f} tokens on average into 2048: ftkit {ours:.2f} s, '
+              f'{len(packed):,} rows; TRL {theirs:.2f} s, {len(other):,} rows: {theirs/ours:.1f} times as fast')
+    (HERE/'pack.json').write_text(json.dumps(figures, indent=1))
+
+if __name__ == '__main__': main(*sys.argv[1:])
