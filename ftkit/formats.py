@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from .core import FtkitError
+from .core import FtkitError, no_bars
 from .tasks import rows as task_rows
 
 # %% ../nbs/10_formats.ipynb #faca4f33
@@ -518,6 +518,7 @@ def tables_dataset(tables,       # iterable of Arrow tables
     try: schema = pa.unify_schemas(schemas, promote_options='permissive')
     except pa.ArrowException as e: raise FtkitError(f'{source}: a column changes its type from row to row: {e}') from e
     if any(s != schema for s in schemas):
+        no_bars()
         features = Features.from_arrow_schema(schema)
         parts = [ds.map(lambda b: {c: b.get(c, [None]*len(next(iter(b.values())))) for c in features}, batched=True,
                         features=features) for ds in parts]

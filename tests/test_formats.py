@@ -20,7 +20,7 @@ def test_shared_data_sets_load_whole(shared, capsys):
         mapping,rows = MAPPINGS.get(name),list(read_rows(path))
         found,ds = detect(rows, mapping=mapping),load(path, mapping=mapping, on_error='skip')
         with capsys.disabled():
-            print(f'{name}: {len(rows)} rows, {found.format},', len(ds), 'used', len(found.bad), 'refused', *found.bad[:1])
+            print(f'{name}: {len(rows)} rows, {found.format}, {len(ds)} used, {len(found.bad)} refused', *found.bad[:1])
         assert len(ds) + len(found.bad) == len(rows)
         assert found.kind == kind_of(ds[0]) == KINDS.get(name, 'messages')
         assert len(found.bad) <= 3 and (not found.bad or name in ('hh_harmless_base', 'rasbt_preference'))
