@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check export sync lint notebooks pytest docs lab readme
+.PHONY: demo test check export sync lint notebooks pytest bench docs lab readme
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,10 @@ notebooks: .venv/.installed
 
 pytest: .venv/.installed
 	python -m pytest
+
+bench: .venv/.installed  ## side by side with TRL; run it when nothing else runs
+	python bench/prepare.py
+	python bench/pack.py
 
 docs: .venv/.installed  ## the site, in _docs/index.html
 	python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, skip_folder_re='^[_.]|^runs$$')"

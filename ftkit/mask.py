@@ -290,6 +290,16 @@ def _encode_batch(batch, tok, train_on, per_turn, controls):
                          typed=pa.array(typed, pa.int32()),
                          weights=column(weights[:0], 0*ends) if plain else column(weights)))
 
+def _encode_stream(batch, tok, on_error, **options):
+    "The same for a stream, which cannot look at all rows first"
+    rows = _encode_batch(batch, tok, **options).to_pylist()
+    reasons = [r['refused'] for r in rows if r['refused']]
+    if reasons and on_error == 'raise': raise FtkitError(f'a row of the stream: {reasons[0]}')
+    if reasons: print(f'left out {len(reasons)} of {len(rows)} rows, the first because {reasons[0]}')
+    kept = [r for r in rows if not r['refused']]
+    return {c: [r[c] for r in kept] for c in ('input_ids', 'labels')} | (
+        {'weights': [r['weights'] for r in kept]} if any(r['weights'] for r in kept) else {})
+
 def _fingerprint(ds, tok, options):
     key = [ds._fingerprint, tok.chat_template, tok.backend_tokenizer.to_str(), __version__, options]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -331,7 +341,7 @@ def _refuse(ds, source, on_error):
 
 # %% ../nbs/12_mask.ipynb #8e178d72
 def encode_dataset(tok,                  # tokenizer with a chat template
-                   ds,                   # `Dataset` or list of rows: messages, prompt and completion, text or segments
+                   ds,                   # `Dataset`, stream or list of messages, completions, texts or segments
                    train_on='assistant', # as in `encode`
                    per_turn=False,       # one row per assistant turn, for templates that rewrite their history
                    controls='keep',      # or 'text': control tokens that a user typed are read as text
@@ -340,7 +350,10 @@ def encode_dataset(tok,                  # tokenizer with a chat template
                   ):                     # `Dataset` with `input_ids`, `labels` and, if a message has one, `weights`
     "Encode every row; raises `FtkitError` with the first row that cannot be used, and how many there are"
     import pyarrow.compute as pc
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, IterableDataset, List, Value
+    options = dict(train_on=train_on, per_turn=per_turn, controls=controls)
+    if isinstance(ds, IterableDataset): return ds.map(
+        partial(_encode_stream, tok=tok, on_error=on_error, **options), batched=True, remove_columns=list(next(iter(ds))))
     if not isinstance(ds, Dataset): ds = as_dataset(ds)
     if not len(ds): raise FtkitError('no rows to encode: the data set is empty')
     columns = [c for c in ds.column_names if c in ('messages', 'tools', 'prompt', 'completion', 'text', 'segments')]
@@ -350,7 +363,6 @@ def encode_dataset(tok,                  # tokenizer with a chat template
     features = Features(dict(input_ids=List(Value('int32')), labels=List(Value('int32')),
                              refused=Value('string'), typed=Value('int32'), weights=List(Value('float32'))))
     no_bars()
-    options = dict(train_on=train_on, per_turn=per_turn, controls=controls)
     out = _map(ds.select_columns(columns), num_proc, _fingerprint(ds, tok, options), features=features,
                function=partial(_encode_batch, tok=tok, **options), batched=True, remove_columns=columns)
     if typed := pc.sum(pc.greater(out.data.column('typed'), 0)).as_py(): print(

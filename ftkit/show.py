@@ -85,13 +85,12 @@ def show_tokens(tok,           # tokenizer
                         + '<br>'*('\n' in piece))
         said = ''.join(_piece(tok, id) for id in row['input_ids'][a:b])
         text.append('\n--- next document ---\n'*begins + (f'[{said}]' if green else said))
-    note = f'{sum(trained)} of {n} tokens are trained'
-    note += f', {len(starts)+1} documents' if starts else ''
+    note = f'{sum(trained)} of {n} tokens are trained ({{}})' + (f', {len(starts)+1} documents' if starts else '')
     legend = ', '.join(f'<span style="border-bottom:3px solid {_colour.get(role, "#9ca3af")}">{role}</span>'
                        for role in dict.fromkeys(filter(None, roles)))
     boxes = f'<div style="line-height:{2.6 if ids else 1.9}">{"".join(html)}</div>'
-    return View(f'{boxes}<div><small>{note} (green){legend and "; "}{legend}</small></div>',
-                f'{"".join(text)}\n{note} [in brackets]')
+    return View(f'{boxes}<div><small>{note.format("green")}{legend and "; "}{legend}</small></div>',
+                f'{"".join(text)}\n{note.format("in brackets")}')
 
 # %% ../nbs/70_show.ipynb #b77d87cb
 def _changes(a, b):
@@ -113,7 +112,7 @@ def template_diff(tok,      # tokenizer whose own template is one of the two
     pieces = _changes(*texts)
     same = next((i for i,(x,y) in enumerate(zip(*ids)) if x != y), min(map(len, ids)))
     note = 'the same text' if texts[0] == texts[1] else (
-        f'{sum(d for *_,d in pieces)} differences, the first at character {0 if pieces[0][2] else len(pieces[0][0])}; '
+        f'places that differ: {sum(d for *_,d in pieces)}, the first at character {0 if pieces[0][2] else len(pieces[0][0])}; '
         f'{len(ids[0])} and {len(ids[1])} tokens, the first {same} alike')
     red = '<span style="background:#fecaca;color:#111">{}</span>'
     mark = lambda text, differs: (red if differs else '{}').format(escape(_visible(text)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from .core import Device, FtkitError, no_bars
 from .logps import label_logps
 from .formats import as_dataset
-from .lengths import cut_dataset
+from .lengths import cut_dataset, truncate
 from .mask import encode_dataset
 from .models import save
 from .pack import Collator, pack_dataset, packable
@@ -152,9 +152,19 @@ def _arguments(out, precision, options, evaluate, fresh):
     try: return TrainingArguments(output_dir=str(out), **{**defaults, **options})
     except (TypeError, ValueError) as e: raise FtkitError(f'training options: {e}') from e
 
+def _stream(obj, tok, ds, max_length, too_long, packing):
+    "Rows that come while they are used: each is cut for itself"
+    if packing or too_long not in ('drop', 'right', 'left'): raise FtkitError(
+        'a stream cannot be packed, split or refused, as nobody knows its rows: load it without streaming')
+    if 'input_ids' not in next(iter(ds)): ds = obj.prepare(tok, ds)
+    if not max_length: return ds
+    if too_long == 'drop': return ds.filter(lambda row: len(row['input_ids']) <= max_length)
+    return ds.map(lambda row: truncate(row, max_length, too_long))
+
 def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     "A data set as numbers, which it may be already, cut and packed"
     if ds is None: return None
+    if not hasattr(ds, '__len__'): return _stream(obj, tok, ds, max_length, too_long, packing)
     if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
     if 'input_ids' not in ds[0]: ds = obj.prepare(tok, ds)
     if max_length:
@@ -168,7 +178,7 @@ def _prepared(obj, tok, ds, max_length, too_long, packing=False):
 # %% ../nbs/40_train.ipynb #61c21392
 def train(model,           # from `load_model`
           tok,             # its tokenizer
-          data,            # `Dataset` or list of rows with `messages`, or with `input_ids` and `labels`
+          data,            # `Dataset`, stream or list of rows of a kind that `encode_dataset` takes, or of its result
           objective='sft', # a key of `OBJECTIVES`
           out='runs/sft',  # folder of the run
           eval_data=None,  # rows to measure the loss on while training

@@ -3,7 +3,7 @@ import re, subprocess, sys
 from pathlib import Path
 import pytest
 
-LIGHT = 'core tasks formats chat mask tiny show'.split()
+LIGHT = 'core tasks formats chat mask lengths pack audit mix tiny show'.split()
 HEAVY = 'torch transformers datasets peft bitsandbytes trl vllm unsloth matplotlib ipywidgets pandas'.split()
 
 def loaded_by(statement):

@@ -124,3 +124,26 @@ def test_packed_and_padded_training_have_the_same_gradient(documents):
         (per_example.sum()/n).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*grads, atol=1e-6, rtol=0)
+
+def test_training_from_a_stream(tmp_path):
+    "Rows that are read while they are used give the same losses as the same rows in memory"
+    import json
+    from ftkit.chat import set_template
+    from ftkit.core import FtkitError
+    from ftkit.formats import load
+    from ftkit.tasks import rows
+    from ftkit.train import train
+    (tmp_path/'rows.jsonl').write_text('\n'.join(json.dumps(dict(messages=r['messages'])) for r in rows(300)))
+    losses = []
+    for streaming in (True, False):
+        tok,model = tiny()
+        set_template(tok)
+        data = load(tmp_path/'rows.jsonl', streaming=streaming)
+        if not streaming: data = data.to_iterable_dataset()
+        run = train(model, tok, data, out=tmp_path/str(streaming), max_steps=3, max_length=200)
+        losses.append([e['loss'] for e in run.log if 'loss' in e])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    with pytest.raises(FtkitError, match='max_steps'):
+        train(model, tok, load(tmp_path/'rows.jsonl', streaming=True), out=tmp_path/'endless', max_steps=-1)
+    with pytest.raises(FtkitError, match='cannot be packed'):
+        train(model, tok, load(tmp_path/'rows.jsonl', streaming=True), out=tmp_path/'endless', packing=True, max_length=99)
