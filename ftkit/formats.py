@@ -141,7 +141,7 @@ def _with_tools(row, **columns):
 # %% ../nbs/10_formats.ipynb #d888eb2c
 def _alpaca_prompt(row):
     turns = [dict(role='system', content=_text(row, 'system'))] if row.get('system') else []
-    for i,pair in enumerate(row.get('history') or []):
+    for i,pair in enumerate(_json(row.get('history') or [], 'history', list)):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2: raise _Bad(
             f"'history[{i}]' must be a question and its answer, found {_shown(pair)}")
         turns += [dict(role=role, content=_text({'': text}, '', f'history[{i}]'))
