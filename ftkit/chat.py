@@ -114,7 +114,7 @@ def set_template(tok,          # tokenizer; it is changed
     "Give a tokenizer a chat template and the special tokens that it needs; raises `FtkitError` if it has a fault"
     from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import _compile_jinja_template
-    if name in TEMPLATES: template = TEMPLATES[name]
+    if str(name) in TEMPLATES: template = TEMPLATES[str(name)]
     elif '{' in str(name): template = Template(str(name))
     elif Path(name).is_file(): template = Template(Path(name).read_text(encoding='utf-8'))
     else: raise FtkitError(f"template '{name}' is unknown: use one of {', '.join(TEMPLATES)}, a file or Jinja text")
@@ -135,7 +135,9 @@ def _plain(message):
     if len(message) == 2: return message # role and content
     message = {k:v for k,v in message.items() if v is not None or k == 'content'}
     calls = message.get('tool_calls')
-    return {**message, 'tool_calls': json.loads(calls)} if isinstance(calls, str) else message
+    if not isinstance(calls, str): return message
+    try: return {**message, 'tool_calls': json.loads(calls)}
+    except json.JSONDecodeError as e: raise FtkitError(f"'tool_calls' is broken JSON: {e}") from e
 
 # %% ../nbs/11_chat.ipynb #2a4746e7
 @dataclass(frozen=True)
@@ -149,12 +151,11 @@ class _Renderer:
     def marked(self): return re.search(r'\{%-?\s*generation\b', self.jinja) is not None
 
     def __call__(self, messages, add_generation_prompt=False, marks=False):
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
         try: (text,),spans = render_jinja_template(
             [messages], json.loads(self.tools) if self.tools else None, chat_template=self.jinja,
             return_assistant_tokens_mask=marks, add_generation_prompt=add_generation_prompt, **dict(self.options))
-        except (TemplateError, TypeError) as e:
+        except Exception as e: # a template is a program: it may fail in any way
             roles = ', '.join(m['role'] for m in messages)
             raise FtkitError(f'the chat template refuses these messages ({roles}): {e}') from e
         return (text, spans[0]) if marks else text
@@ -183,35 +184,54 @@ def _common(a, b):
     n = next((k for k,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return a[:n]
 
-_history = 'renders differently in context', 'train one row per turn (per_turn=True)'
-_prompt = 'has a generation prompt that does not begin', 'set_template to one whose prompt does'
+_history = 'renders turn {} differently in context', 'train one row per turn (per_turn=True)'
+_prompt = 'has a generation prompt that is not how turn {} begins', 'set_template to one whose prompt is'
 
 def _must_begin(text, part, i, what, remedy):
     if text.startswith(part): return
     at = len(_common(text, part))
-    raise FtkitError(f'the chat template {what} turn {i}, from character {at}: '
+    raise FtkitError(f'the chat template {what.format(i)}, from character {at}: '
                      f'{part[at:at+30]!r} alone, {text[at:at+30]!r} in the whole: {remedy}')
 
 # %% ../nbs/11_chat.ipynb #ce47537f
 def _start(r, messages, text, i):
     "Where the assistant begins to write turn `i`"
     if i == 0: # many templates refuse an empty conversation, or begin it in another way
-        first = (messages[0].get('content') or '').strip()
-        return max(text.find(first), 0)
+        marked = r([dict(messages[0], content='\ue000'), *messages[1:]])
+        at = marked.find('\ue000')
+        return at if at >= 0 and text.startswith(marked[:at]) else 0
     before = r(messages[:i], True)
     stable = text.startswith(r(messages[:i])) and text.startswith(r(messages[:i+1]))
     _must_begin(text, before, i, *(_prompt if stable else _history))
     return len(before)
 
+def _said(written, message):
+    "Characters up to the end of what was said, at least: the answer, or the name of the last call"
+    content = message.get('content')
+    last = [re.split('</?think>', content)[-1].strip()] if isinstance(content, str) else []
+    last += [call.get('function', call)['name'] for call in message.get('tool_calls') or []]
+    return max([written.find(text)+len(text) for text in last if text in written], default=0)
+
+# %% ../nbs/11_chat.ipynb #982c7e2f
+_tags = re.compile(r'(\s*(<[^<>\s]+>|\[[^\[\]\s]+\]))*')
+
 def _end(r, messages, text, i, start):
     "Where it ends: after what the template writes there whatever follows"
-    end = text
-    if i < len(messages)-1:
-        upto = r(messages[:i+1])
-        end = _common(upto, r(messages[:i+1], True))
-        if end != upto: end = re.sub(r'[<\[][^>\]\s]*$', '', end) # a tag that has only begun is not of this turn
-        _must_begin(text, end, i, *_history)
-    written,content = end[start:],messages[i].get('content')
+    end = upto = r(messages[:i+1])
+    content = messages[i].get('content')
+    said = start + _said(upto[start:], messages[i])
+    for more,prompt in (([], True), ([dict(role='user', content='\ue000')], False)):
+        try: common = _common(end, r([*messages[:i+1], *more], prompt))
+        except FtkitError: continue # it wants something else there
+        if len(common) >= said: end = common # else it writes this turn differently once it is history
+    if end != upto: # the text has an end of its own: what closes the turn are whole tags
+        closing = _tags.match(end, said)[0]
+        eos = dict(r.options).get('eos_token')
+        tail = upto[said:].lstrip()
+        if not closing and eos and tail.startswith(eos) and i == len(messages)-1: end = upto[:upto.index(eos, said)+len(eos)]
+        else: end = end[:said] + closing
+    _must_begin(text, end, i, *_history)
+    written = end[start:]
     keep = len(content) if isinstance(content, str) and written.startswith(content) else 0
     return start + max(len(written.rstrip()), keep)
 
@@ -221,9 +241,9 @@ def _written(r, messages, turns):
     said = [i for i,m in enumerate(messages) if m['role'] == 'assistant']
     if r.marked:
         text,marks = r(messages, marks=True)
-        ends = [len(text) if i == said[-1] else len(r(messages[:i+1])) for i in said] if len(marks) != len(said) else []
-        turn = lambda k, a: next((i for i,e in zip(said, ends) if a < e), said[-1]) if ends else said[k]
-        return text, [s for k,(a,b) in enumerate(marks) if (s := (turn(k, a), a, b))[0] in turns]
+        ends = [len(text) if i == said[-1] else len(r(messages[:i+1])) for i in said]
+        turn = lambda a: next((i for i,end in zip(said, ends) if a < end), said[-1])
+        return text, [(turn(a), a, b) for a,b in marks if turn(a) in turns] if said else []
     text = r(messages)
     starts = {i:_start(r, messages, text, i) for i in said if i in turns}
     return text, [(i, a, _end(r, messages, text, i, a)) for i,a in starts.items()]
@@ -277,7 +297,9 @@ def _fill(frame, messages, text):
         start = at + len(piece)
         ends.append(start)
         at = start + len(content)
-        if (role := messages[i]['role']) != 'assistant': found.append(Span(i, role, start, at))
+        core = content.strip()
+        first = start + content.find(core)
+        if (role := messages[i]['role']) != 'assistant' and core: found.append(Span(i, role, first, first+len(core)))
     ends.append(at + len(pieces[-1]))
     if ''.join(out) + pieces[-1] != text: return None
     found += [Span(i, 'assistant', ends[p]+a, ends[q]+b) for i,p,a,q,b in written]
@@ -307,6 +329,10 @@ def _check(messages, text, found):
         content = messages[i].get('content')
         if isinstance(content, str) and content.strip() not in written: raise FtkitError(
             f'the chat template changes the text of turn {i}: {content[:40]!r} became {written[:40]!r}')
+    ours = sorted((s for s in found if s.role == 'assistant'), key=_begins)
+    for s in found:
+        if s.role != 'assistant' and any(o.start < s.end and s.start < o.end for o in ours): raise FtkitError(
+            f"the chat template writes the {s.role}'s turn {s.turn} into what the assistant says")
 
 # %% ../nbs/11_chat.ipynb #286ceb4f
 def _find(r, messages, turns=None):
@@ -363,6 +389,7 @@ def left_out(messages, # list of dicts with `role` and `content`
 @dataclass(frozen=True)
 class Grammar:
     "What a chat template can express, found by trying"
+    prompt: str         # what it writes for the assistant to go on from; if nothing, a turn's header must be learnt
     system: bool        # a system message
     repeats: bool       # two turns of one role in a row
     assistant_first: bool
@@ -387,7 +414,10 @@ def grammar(tok # tokenizer with a chat template
     except FtkitError as e: history = str(e)
     try: end = render(tok, [ask, answer]).split('ANSWERED')[-1]
     except FtkitError: end = ''
+    try: prompt = render(tok, [ask], True).removeprefix(render(tok, [ask]))
+    except FtkitError: prompt = ''
     return Grammar(
+        prompt=prompt,
         system=shows(dict(RULED=1), said('system', 'RULED'), ask, answer),
         repeats=shows(dict(ASKED=2), ask, ask, answer),
         assistant_first=shows(dict(ANSWERED=2), answer, ask, answer),
@@ -405,9 +435,11 @@ def fold(messages,                 # list of dicts with `role` and `content`
     out = []
     for m in messages:
         last = out[-1] if out else None
-        joins = last and (repeats and last['role'] == m['role'] and m['role'] != 'tool' and 'tool_calls' not in last
+        same = last and last['role'] == m['role'] != 'tool' and last.get('train') == m.get('train')
+        joins = last and (repeats and same and not last.get('tool_calls') and not m.get('tool_calls')
                           or system and last['role'] == 'system' and m['role'] == 'user')
-        if joins: out[-1] = {**last, **m, 'content': f"{last['content']}\n\n{m['content']}"}
+        join = lambda key: '\n\n'.join(x[key] for x in (last, m) if x.get(key))
+        if joins: out[-1] = {**last, **m} | {k: join(k) for k in ('content', 'reasoning_content') if k in {**last, **m}}
         else: out.append(m)
     return out
 
@@ -417,6 +449,6 @@ def stop_ids(tok # tokenizer with a chat template
     "The special token that the template writes after an answer, if it does, and the tokenizer's end token"
     answer = 'an answer nobody writes'
     text = render(tok, [dict(role='user', content='x'), dict(role='assistant', content=answer)])
-    after = tok(text[text.rindex(answer)+len(answer):].lstrip(), add_special_tokens=False).input_ids[:1]
+    after = tok(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).input_ids[:1]
     special = {i for i,token in tok.added_tokens_decoder.items() if token.special}
     return sorted((special & {*after}) | ({tok.eos_token_id} - {None}))

@@ -121,7 +121,7 @@ def test_grammar_of_real_templates(tok, shared):
     def of(name):
         tok.chat_template = (shared/'templates'/f'{name}.jinja').read_text()
         return grammar(tok)
-    assert of('trl/qwen3').history.startswith('the chat template renders differently in context turn 1')
+    assert of('trl/qwen3').history.startswith('the chat template renders turn 1 differently in context')
     assert not of('trl/qwen3_training').history
     assert (of('trl/gemma').system, of('trl/gemma').repeats) == (False, False)
     assert of('trl/llama3').tools is False and of('llama.cpp/Qwen-Qwen2.5-7B-Instruct').tools is True
