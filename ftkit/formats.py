@@ -35,7 +35,7 @@ def _text(row, field, where=''):
     if field not in row or row[field] is None: raise _Bad(f"'{where}' is missing: fill it in, or drop the row")
     text = row[field]
     if not isinstance(text, str): raise _Bad(
-        f"'{where}' must be text, found {_shown(text)}: quote it, or map another column to it")
+        f"'{where}' must be text, found {_shown(text)}: write it as text, or map another column to it")
     if not text.strip(): raise _Bad(f"'{where}' is empty: fill it in, or drop the row")
     return text
 
@@ -45,6 +45,7 @@ def _json(value, where, kind):
     if isinstance(value, str):
         try: value = json.loads(value)
         except json.JSONDecodeError as e: raise _Bad(f"'{where}' is broken JSON: {e.msg} at column {e.colno}") from e
+        except RecursionError: raise _Bad(f"'{where}' is broken JSON: nested too deep") from None
     if not isinstance(value, kind): raise _Bad(
         f"'{where}' must be {'a list' if kind is list else 'an object'}, found {_shown(value)}")
     return value
@@ -55,7 +56,8 @@ def _call(call, where):
     inner = call.get('function', call)
     name = inner.get('name') if isinstance(inner, dict) else None
     if not isinstance(name, str) or not name: raise _Bad(f"'{where}.function.name' is missing: a call needs a name")
-    arguments = _json(inner.get('arguments') or {}, f'{where}.function.arguments', dict)
+    given = inner['arguments'] if inner.get('arguments') else inner.get('parameters') # as Llama 3 calls them
+    arguments = _json(given or {}, f'{where}.function.arguments', dict)
     return {**{k:v for k,v in call.items() if k == 'id'}, 'type': 'function',
             'function': dict(name=name, arguments=arguments)}
 
@@ -63,7 +65,8 @@ def _tools(value, where='tools'):
     "Tool schemas, each in the frame that chat templates expect"
     tools = _json(value, where, list)
     for i,t in enumerate(tools):
-        if not isinstance(t, dict) or 'name' not in t.get('function', t): raise _Bad(
+        inner = t.get('function', t) if isinstance(t, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get('name'), str): raise _Bad(
             f"'{where}[{i}]' must be a tool schema with a name, found {_shown(t)}")
     return [t if 'function' in t else dict(type='function', function=t) for t in tools]
 
@@ -72,9 +75,9 @@ def _parts(parts, where):
     "The fields of a message from typed content"
     out = dict(content='')
     for j,part in enumerate(parts):
-        kind = part.get('type') if isinstance(part, dict) else None
+        kind = str(part.get('type')) if isinstance(part, dict) else None
         at = f'{where}[{j}]'
-        value = part.get('value', part.get(kind)) if kind else None
+        value = next((part[k] for k in ('value', kind, 'text') if part.get(k) is not None), None) if kind else None
         if kind == 'text' and isinstance(value, str): out['content'] += value
         elif kind in ('reasoning', 'thinking') and isinstance(value, str):
             out['reasoning_content'] = out.get('reasoning_content', '') + value
@@ -87,7 +90,7 @@ def _weight(turn, where):
     "Whether a message is trained, or its weight"
     key = next((k for k in ('train', 'loss_weight', 'weight') if turn.get(k) is not None), None)
     if key is None: return {}
-    if not isinstance(turn[key], (bool, int, float)) or turn[key] < 0: raise _Bad(
+    if not isinstance(turn[key], (bool, int, float)) or not 0 <= turn[key] < float('inf'): raise _Bad(
         f"'{where}.{key}' must be true, false or a weight, found {_shown(turn[key])}")
     return dict(train=turn[key])
 
@@ -107,13 +110,16 @@ def _message(turn, where, roles):
     if said not in roles: raise _Bad(f"'{where}.{role_key}' is {said!r}: use one of {', '.join(roles)}")
     role,content = roles[said],turn.get(key)
     if role == 'function_call': # a turn whose text is the call, or a list of calls
-        calls = json.loads(content) if isinstance(content, str) and content.lstrip().startswith('[') else [content]
-        return dict(role='assistant', content='', tool_calls=[_call(c, f'{where}.{key}') for c in calls])
+        listed = isinstance(content, str) and content.lstrip().startswith('[')
+        calls = _json(content, f'{where}.{key}', list) if listed else [content]
+        made = [_call(c, f'{where}.{key}') for c in calls]
+        return dict(role='assistant', content='', tool_calls=made) | _weight(turn, where)
     out = dict(role=role, **(_parts(content, f'{where}.{key}') if isinstance(content, list) else dict(content=content)))
+    if turn.get('function_call'): out['tool_calls'] = [_call(turn['function_call'], f'{where}.function_call')]
     if calls := turn.get('tool_calls'): out['tool_calls'] = [
         _call(c, f'{where}.tool_calls[{j}]') for j,c in enumerate(_json(calls, f'{where}.tool_calls', list))]
     thought = next((turn[k] for k in ('reasoning_content', 'reasoning', 'thinking') if turn.get(k)), None)
-    if thought: out['reasoning_content'] = thought
+    if thought: out['reasoning_content'] = _text(dict(thought=thought), 'thought', f'{where}.reasoning_content')
     out |= {k: turn[k] for k in ('name', 'tool_call_id') if turn.get(k)} | _weight(turn, where)
     if out['content'] is None and out.get('tool_calls'): out['content'] = ''
     if not out.get('tool_calls') and role != 'tool': _text(out, 'content', f'{where}.{key}')
@@ -129,7 +135,9 @@ def _turns(row, column, roles, answered=True):
     if not isinstance(turns, list) or not turns: raise _Bad(
         f"'{column}' must be a list of turns, found {_shown(turns)}")
     out = [dict(role='system', content=_text(row, 'system'))] if row.get('system') else []
-    out += [_message(turn, f'{column}[{i}]', roles) for i,turn in enumerate(turns)]
+    said = [_message(turn, f'{column}[{i}]', roles) for i,turn in enumerate(turns)]
+    if out and said[0]['role'] == 'system': raise _Bad(f"'system' and '{column}[0]' are both system messages: keep one")
+    out += said
     if answered and (last := out[-1]['role']) != 'assistant': raise _Bad(
         f"'{column}' ends with a {last} turn: the last turn must be the assistant's answer")
     return out
@@ -146,7 +154,7 @@ def _alpaca_prompt(row):
             f"'history[{i}]' must be a question and its answer, found {_shown(pair)}")
         turns += [dict(role=role, content=_text({'': text}, '', f'history[{i}]'))
                   for role,text in zip(('user', 'assistant'), pair)]
-    fields = ['instruction'] + ['input'] * bool(row.get('input'))
+    fields = ['instruction'] + ['input']*(row.get('input') not in (None, ''))
     return turns + [dict(role='user', content='\n'.join(_text(row, field) for field in fields))]
 
 # %% ../nbs/10_formats.ipynb #c5a3e92b
@@ -172,7 +180,8 @@ def alpaca_prompt(instruction, # what to do
 def _either(row, column, roles, answered=False):
     "A text, or messages"
     value = row.get(column)
-    if isinstance(value, str) and not value.lstrip().startswith('[{'): return _text(row, column)
+    chat = isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"', value)
+    if isinstance(value, str) and not chat: return _text(row, column)
     if value is None: raise _Bad(f"'{column}' is missing: fill it in, or drop the row")
     if not isinstance(value, (list, dict, str)): return _text(row, column)
     return _turns({column: value}, column, roles, answered)
@@ -228,7 +237,8 @@ def _preference(row, roles, ending=''):
         value = _either(row, side+ending, roles)
         text = isinstance(value, str)
         sides[side] = _transcript(value, side) if text and _speaker.match(value) else value
-    if 'prompt' in row: out = dict(prompt=_either(row, 'prompt', roles), **sides)
+    whole = not isinstance(sides['chosen'], str) and sides['chosen'][0]['role'] in ('system', 'user')
+    if row.get('prompt') is not None and not whole: out = dict(prompt=_either(row, 'prompt', roles), **sides)
     else: out = dict(zip(('prompt', 'chosen', 'rejected'), _implied(*sides.values())))
     _same_type(out, *out)
     return _with_tools(row, **_differ(out))
@@ -252,10 +262,12 @@ def _alpaca_pair(row, roles):
     return _differ(dict(prompt=_alpaca_prompt(row), chosen=_answer(row, 'chosen'), rejected=_answer(row, 'rejected')))
 
 # %% ../nbs/10_formats.ipynb #1fed0145
+_truth = dict.fromkeys(('true', '1'), True) | dict.fromkeys(('false', '0'), False)
+
 def _label(row):
-    if row.get('label') not in (True, False): raise _Bad(
-        f"'label' must be true or false, found {_shown(row.get('label'))}")
-    return bool(row['label'])
+    label = _truth.get(str(row.get('label')).lower())
+    if label is None: raise _Bad(f"'label' must be true or false, found {_shown(row.get('label'))}")
+    return label
 
 def _labelled(column):
     def convert(row, roles):
@@ -312,7 +324,7 @@ def _recognise(rows, source):
     def score(name):
         f = FORMATS[name]
         known = sum(all(c in row for c in f.marks) for row in named)
-        if 'label' in f.marks and not any(isinstance(row.get('label'), bool) for row in named): known = 0
+        if 'label' in f.marks and not any(str(row.get('label')).lower() in _truth for row in named): known = 0
         return known, len(f.marks)
     best = max(FORMATS, key=score)
     if not score(best)[0]:
@@ -337,6 +349,8 @@ def _renamed(row, mapping):
     return {c:v for c,v in row.items() if c not in mapping.values()} | found
 
 # %% ../nbs/10_formats.ipynb #4250af3a
+_taken = 'messages', 'completion', 'chosen', 'rejected', 'segments'
+
 def _converter(rows, format, mapping, roles, source):
     "(format, row -> converted row); the rows are looked at only to recognise their format"
     mapping = mapping or {}
@@ -350,7 +364,7 @@ def _converter(rows, format, mapping, roles, source):
         f"roles: {', '.join(odd)} is not one of {', '.join(dict.fromkeys(ROLES.values()))}")
     def one(row):
         row = _renamed(row, mapping)
-        kept = {c:v for c,v in row.items() if c not in (*fmt.marks, *fmt.reads)}
+        kept = {c:v for c,v in row.items() if c not in (*fmt.marks, *fmt.reads, *_taken)}
         return {**kept, **fmt.convert(row, known)}
     return format, one
 
@@ -372,6 +386,7 @@ def detect(rows,          # list of dicts
            roles=None     # as for `to_messages`
           ):              # `Detection`
     "Recognise the format and try every row; raises `FtkitError` when no format fits"
+    if not rows: raise FtkitError(f'{source}: there are no rows')
     format,one = _converter(rows, format, mapping, roles, source)
     bad = []
     for i,row in enumerate(rows, 1):
@@ -384,6 +399,7 @@ def detect(rows,          # list of dicts
 # %% ../nbs/10_formats.ipynb #5d052a11
 def _report(bad, n, on_error, source):
     "Raise for the first bad row, or print how many there are"
+    if on_error not in ('raise', 'skip'): raise FtkitError(f"on_error '{on_error}' is unknown: use raise or skip")
     if not bad: return
     more = f' ({len(bad)} of {n} rows are like that)' if len(bad) > 1 else ''
     if on_error == 'raise' or len(bad) == n: raise FtkitError(f'{source} {bad[0]}{more}')
@@ -491,7 +507,8 @@ def _table(rows, source):
     for c in columns:
         try: out[c] = pa.array([row.get(c) for row in rows])
         except (pa.ArrowException, TypeError, OverflowError) as e: raise FtkitError(
-            f"{source}: column '{c}' changes its type from row to row: {str(e).splitlines()[0]}") from e
+            f"{source}: column '{c}' changes its type from row to row: {str(e).splitlines()[0]}: mend it, or leave it "
+            'out of the file') from e
         except UnicodeEncodeError as e: raise FtkitError(
             f"{source}: column '{c}' has text that is not Unicode (half a surrogate pair): mend or drop it") from e
     return pa.table(out)
@@ -543,17 +560,22 @@ def _lines(path):
     except FileNotFoundError: raise FtkitError(f'{path}: no such file') from None
     except UnicodeDecodeError as e: raise FtkitError(
         f'{path}: byte {e.start} is not UTF-8: save the file as UTF-8') from None
-    except (OSError, ValueError, ImportError) as e: raise FtkitError(
+    except (OSError, EOFError, ValueError, ImportError) as e: raise FtkitError(
         f'{path}: cannot be read: {getattr(e, "strerror", None) or e}') from None
 
 # %% ../nbs/10_formats.ipynb #4bc61c1a
 def _loads(text, path, first=1):
     try: return json.loads(text)
+    except RecursionError: raise FtkitError(f'{path} line {first}: broken JSON: nested too deep') from None
     except json.JSONDecodeError as e: raise FtkitError(
         f'{path} line {first+e.lineno-1}: broken JSON: {e.msg} at column {e.colno}: '
         'write an object on each line, or one array of objects') from None
 
-def _is_row(x): return isinstance(x, dict) and not {'role', 'content'} <= {*x} and not {'from', 'value'} <= {*x}
+def _whole(value):
+    "The rows of an array that is a file; a conversation that stands alone is one row"
+    turn = isinstance(value, list) and value and isinstance(value[0], dict) and (
+        {'role', 'content'} <= {*value[0]} or {'from', 'value'} <= {*value[0]})
+    return value if isinstance(value, list) and not turn else [value]
 
 # %% ../nbs/10_formats.ipynb #4fc9d5c0
 def read_rows(path # of a JSON or JSON Lines file, which may be a URL or packed
@@ -565,16 +587,15 @@ def read_rows(path # of a JSON or JSON Lines file, which may be a URL or packed
     try: whole = not first.lstrip().startswith('[') or isinstance(json.loads(first), list)
     except json.JSONDecodeError: whole = False
     if not whole: # one array over many lines
-        yield from _loads('\n'*(i-1) + first + ''.join(line for _,line in lines), path)
+        yield from _whole(_loads('\n'*(i-1) + first + ''.join(line for _,line in lines), path))
         return
     row = _loads(first, path, i)
     second = next(lines, None)
-    if isinstance(row, list) and second is None and (not row or _is_row(row[0])): yield from row
-    else: yield row
+    yield from [row] if second else _whole(row)
     for i,line in chain([second] if second else [], lines): yield _loads(line, path, i)
 
 # %% ../nbs/10_formats.ipynb #23129bf8
-_readers = dict(csv='csv', tsv='csv', parquet='parquet', arrow='arrow')
+_readers = 'csv', 'tsv', 'parquet', 'arrow'
 
 def _suffix(path):
     "The ending of a file name without that of a packed file"
@@ -592,10 +613,14 @@ def _first_line(e): return next(iter(str(e).splitlines()), type(e).__name__)
 
 # %% ../nbs/10_formats.ipynb #1c6e1bfc
 def _file(path, kind):
-    "Rows of a CSV or Parquet file"
+    "Rows of a CSV or Parquet file; what stands in a CSV file is text, also where it looks like a number or like nothing"
     from datasets import load_dataset
-    try: yield from load_dataset(_readers[kind], split='train', streaming=True, data_files=path,
-                                 **(dict(sep='\t') if kind == 'tsv' else {}))
+    import pandas
+    try:
+        if kind in ('csv', 'tsv'):
+            options = dict(sep=',' if kind == 'csv' else '\t', dtype=str, keep_default_na=False, chunksize=10_000)
+            for part in pandas.read_csv(path, **options): yield from part.to_dict('records')
+        else: yield from load_dataset(kind, split='train', streaming=True, data_files=path)
     except Exception as e: raise FtkitError(f'{path}: cannot be read: {_first_line(e)}') from e
 
 def _rows(path, split):
@@ -608,10 +633,13 @@ def _rows(path, split):
         yield from ds[split or 'train'] if isinstance(ds, DatasetDict) else ds
     elif where.is_dir():
         files = [f for f in sorted(where.iterdir()) if _suffix(f) in ('json', 'jsonl', *_readers)]
-        files = [f for f in files if split in f.name] if split and any(split in f.name for f in files) else files
         if not files: raise FtkitError(f'{path}: no data file in this folder (json, jsonl, csv, tsv, parquet)')
+        named = [f for f in files if (split or 'train') in f.name]
+        if split and not named: raise FtkitError(f"{path}: no file is named after the split '{split}'")
+        files = named or files
         for f in files: yield from _rows(str(f), None)
     elif where.is_file() or '://' in path or _suffix(path) in ('json', 'jsonl', *_readers):
+        if split not in (None, 'train'): raise FtkitError(f"{path}: a file has no split '{split}': name the file of it")
         if (kind := _suffix(path)) not in _readers: yield from read_rows(path)
         elif '://' not in path and not where.is_file(): raise FtkitError(f'{path}: no such file')
         else: yield from _file(path, kind)
@@ -628,7 +656,7 @@ def _stream(path, split, one, on_error, source):
 
 # %% ../nbs/10_formats.ipynb #c1b7dd80
 def load(path_or_id,       # a file, folder or URL of JSON, JSON Lines, CSV or Parquet, a Hub id, or 'tasks'
-         split=None,       # of a Hub data set or folder; 'train' by default
+         split=None,       # of a Hub data set, or in the names of a folder's files; 'train' by default, if there is one
          format=None,      # a key of `FORMATS`; detected from the first 1,000 rows by default
          mapping=None,     # dict of our column name -> theirs
          on_error='raise', # or 'skip'
@@ -638,6 +666,7 @@ def load(path_or_id,       # a file, folder or URL of JSON, JSON Lines, CSV or P
     "Load and convert data; raises `FtkitError` for what cannot be read or converted"
     from datasets import IterableDataset
     path = str(path_or_id)
+    if on_error not in ('raise', 'skip'): raise FtkitError(f"on_error '{on_error}' is unknown: use raise or skip")
     rows = _rows(path, split)
     try: first = list(islice(rows, 1000))
     except (FtkitError, _Bad): raise
