@@ -2,7 +2,7 @@
 
 Modules:
 
-- `ftkit.audit`: Six ways to ruin a data set without an error message, each found by name
+- `ftkit.audit`: Ways to ruin a data set without an error message, each found by name
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it
 - `ftkit.core`: The machine, its settings, and errors that say what to do

@@ -1,4 +1,4 @@
-"""Six ways to ruin a data set without an error message, each found by name
+"""Ways to ruin a data set without an error message, each found by name
 
 `audit` compares rows of tokens, wherever they come from, with the conversations they were made of, and names what
 is wrong with them. `parity` compares the prompt at training with the prompt at inference.
@@ -29,6 +29,7 @@ FAULTS = {
     'mask.empty': 'nothing is trained',
     'stop.untrained': 'the token that ends a turn is not trained: the model will not learn to stop',
     'mask.differs': 'what is trained is not what the assistant wrote',
+    'weights.differ': 'the weights are not those of the messages',
     'prompt.differs': 'the prompt at inference is not the beginning of the text in training'}
 
 def _id_fault(ids, wanted, bos, stops):
@@ -65,16 +66,20 @@ def audit(tok,                  # tokenizer with the chat template of training
           ds,                   # rows with `input_ids` and `labels`
           rows,                 # the conversations they were made of, in the same order: rows with `messages`
           train_on='assistant', # as for `encode`
+          controls='keep',      # as for `encode`
           inference=None        # tokenizer that will be used for inference; the same by default
          ):                     # list of `Finding`, empty when all is well
     "Name what is wrong with tokens and labels; raises `FtkitError` when the rows do not belong together"
     if len(ds) != len(rows): raise FtkitError(f'{len(ds)} rows of tokens and {len(rows)} conversations do not match')
     stops,found = {*stop_ids(tok)},{}
     for n,(example,row) in enumerate(zip(ds, rows), 1):
-        wanted = encode(tok, row['messages'], train_on, row.get('tools'))
+        wanted = encode(tok, row, train_on, controls=controls)
+        if not example.get('labels'): raise FtkitError(f'row {n} has no labels: encode_dataset makes them')
         fault,ids = _id_fault(example['input_ids'], wanted['input_ids'], tok.bos_token_id, stops)
         if fault: found.setdefault(fault, []).append(n)
         elif bad := _label_fault(ids, example['labels'], wanted['labels'], stops): found.setdefault(bad, []).append(n)
+        elif example.get('weights') and example['weights'] != wanted.get('weights', example['weights']):
+            found.setdefault('weights.differ', []).append(n)
         differs = inference and parity(tok, inference, row['messages'], row.get('tools'))
         if differs: found.setdefault('prompt.differs', []).append(n)
     return [Finding(code, where, len(ds)) for code,where in sorted(found.items(), key=lambda kv: -len(kv[1]))]
@@ -86,7 +91,7 @@ def parity(tok,       # tokenizer with the chat template of training
            tools=None # list of tool schemas
           ):          # where they part, in words, or ''
     "Compare the prompt of the last answer at training and at inference, token by token"
-    example = encode(tok, messages, 'last', tools)
+    example = encode(tok, [{k:v for k,v in m.items() if k != 'train'} for m in messages], 'last', tools)
     start = next(i for i,l in enumerate(example['labels']) if l != -100)
     trained,asked = example['input_ids'][:start],prompt_ids(other, messages[:-1], tools)
     if trained == asked: return ''

@@ -491,7 +491,7 @@ def convert(rows, # list of converted rows, or `Dataset`
 def _storable(row):
     "A row as Arrow can keep it exactly"
     def message(m):
-        m = {**m, 'train': float(m['train'])} if 'train' in m else m
+        m = {**m, 'train': float(m['train'])} if m.get('train') is not None else m
         return {**m, 'tool_calls': json.dumps(m['tool_calls'], ensure_ascii=False)} if m.get('tool_calls') else m
     def column(c, v):
         if c == 'tools' and v is not None and not isinstance(v, str): return json.dumps(v, ensure_ascii=False)

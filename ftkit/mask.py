@@ -15,7 +15,7 @@ __all__ = ['typed_controls', 'tokenize', 'prompt_ids', 'encode', 'token_roles', 
 import hashlib, json, os, re
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, groupby, islice
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from unicodedata import is_normalized
@@ -62,6 +62,7 @@ def _conversation(renderer, messages, train_on, tools=None):
 # %% ../nbs/12_mask.ipynb #6514ac11
 def _completion(renderer, row, train_on, eos):
     prompt,completion = row['prompt'],row['completion']
+    if type(prompt) is not type(completion): raise FtkitError('prompt and completion must both be texts, or both messages')
     if not isinstance(prompt, str): # two lists of messages
         asked = [dict(m, train=m.get('train') or False) for m in prompt]
         return _conversation(renderer, asked + completion, train_on, row.get('tools'))
@@ -70,9 +71,10 @@ def _completion(renderer, row, train_on, eos):
 
 def _segments(segments):
     text,ranges = '',[]
-    for s in segments:
-        if s['label']: ranges.append((len(text), len(text)+len(s['text']), 1., False))
-        text += s['text']
+    for label,some in groupby(segments, lambda s: s['label']):
+        said = ''.join(s['text'] for s in some)
+        if label: ranges.append((len(text), len(text)+len(said), 1., False))
+        text += said
     if not ranges: raise FtkitError('no segment has label true: there is nothing to train')
     return text, ranges, []
 
@@ -82,7 +84,7 @@ def _marked(renderer, row, train_on, eos):
     if row.get('completion') is not None: return _completion(renderer, row, train_on, eos)
     if row.get('segments') is not None: return _segments(row['segments'])
     if row.get('text') is None: raise FtkitError(f"nothing to train on: columns {', '.join(row)}")
-    text = row['text'] + eos
+    text = row['text'] if eos and row['text'].endswith(eos) else row['text'] + eos
     return text, [(0, len(text), 1., False)], []
 
 # %% ../nbs/12_mask.ipynb #b56d4e7e
@@ -99,11 +101,18 @@ def _typed(controls, text, found):
             out += [(start+m.start(), start+m.end()) for m in pattern.finditer(text[start:end])]
     return out
 
+def _must_know(controls, row, found):
+    "Every text with a control token in it must have its place"
+    known,(_,pattern) = {s.turn for s in found},controls
+    for i,m in enumerate(row.get('messages') or []):
+        if m['role'] != 'assistant' and i not in known and pattern.search(m.get('content') or ''): raise FtkitError(
+            f'the template hides where the text of turn {i} stands: its control tokens cannot be made text')
+
 def typed_controls(tok,       # tokenizer with a chat template
                    messages,  # list of dicts with `role` and `content`
                    tools=None # list of tool schemas
                   ):          # list of strings
-    "Control tokens that arise from the texts of users, tools and system"
+    "Control tokens that arise from the texts of users, tools' answers and system; not from tool schemas"
     text,found = spans(tok, messages, tools, turns=())
     return [text[a:b] for a,b in _typed(_controls(tok), text, found)]
 
@@ -204,7 +213,9 @@ def _labelled(tok, texts, ranges, typed):
     "(ids, labels, weights, tokens per text) of all texts in a row"
     import numpy as np
     if not texts: return np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, int)
-    with _bare(tok) as core: ids,counts,ranges = _tokens(core, texts, ranges, typed)
+    try:
+        with _bare(tok) as core: ids,counts,ranges = _tokens(core, texts, ranges, typed)
+    except (TypeError, UnicodeEncodeError) as e: raise FtkitError(f'a text is not Unicode: {e}') from e
     labels,weights = np.full(len(ids), -100, np.int32),np.zeros(len(ids), np.float32)
     for i,j,w in ranges: labels[i:j],weights[i:j] = ids[i:j],w
     return _with_bos(tok, ids, labels, weights, counts)
@@ -222,12 +233,16 @@ def _read_rows(tok, rows, train_on, controls):
         try:
             text,trained,found = _marked(renderer, row, train_on, eos)
             at = _typed(words, text, found)
+            if controls == 'text': _must_know(words, row, found)
             ranges += [(len(texts), *r) for r in trained if r[0] < r[1]]
             texts.append(text)
             places.append(at if controls == 'text' else [])
             refused.append('')
         except FtkitError as e: refused.append(str(e))
-        typed.append(len(at))
+        except (KeyError, TypeError, AttributeError, ValueError) as e: refused.append(
+            f'not a row of messages, prompt and completion, text or segments ({type(e).__name__}: {e}): '
+            'to_messages converts rows')
+        typed.append(0 if refused[-1] else len(at))
     return texts, ranges, places, refused, typed
 
 # %% ../nbs/12_mask.ipynb #ac1ee234
@@ -252,7 +267,8 @@ def encode(tok,                  # tokenizer with a chat template
            controls='keep'       # or 'text': control tokens that a user typed are read as text
           ):                     # dict of `input_ids` and `labels`, two lists of the same length
     "Ids of a conversation, and labels for the tokens that are trained; `weights` too if a message has one"
-    row = messages if isinstance(messages, dict) else dict(messages=messages, tools=tools)
+    row = dict(messages, tools=messages.get('tools') or tools) if isinstance(messages, dict) else dict(
+        messages=messages, tools=tools)
     texts,ranges,places,(reason,),_ = _read_rows(tok, [row], train_on, controls)
     if reason: raise FtkitError(reason)
     ids,labels,weights,_ = _labelled(tok, texts, ranges, places)
@@ -274,34 +290,44 @@ def token_roles(tok,        # tokenizer with a chat template
     return ['']*(len(tokenize(tok, text))-len(ids)) + roles
 
 # %% ../nbs/12_mask.ipynb #58d76f10
-def _encode_batch(batch, tok, train_on, per_turn, controls):
+def _expanded(row):
+    "A row for each turn of the assistant; a row that cannot be expanded stays as it is"
+    if not row.get('messages'): return [row]
+    return [{**row, 'messages': messages} for messages in one_per_turn(row['messages'])] or [row]
+
+def _encode_batch(batch, numbers, tok, train_on, per_turn, controls, weighted, offset=0):
     "A batch of columns to an Arrow table"
     import numpy as np, pyarrow as pa
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    if per_turn: rows = [{**row, 'messages': messages} for row in rows for messages in one_per_turn(row['messages'])]
+    numbers = [n+offset for n in numbers]
+    if per_turn: numbers,rows = zip(*[(n, r) for n,row in zip(numbers, rows) for r in _expanded(row)])
     texts,ranges,places,refused,typed = _read_rows(tok, rows, train_on, controls)
     ids,labels,weights,counts = _labelled(tok, texts, ranges, places)
     lengths = np.zeros(len(rows)+1, np.int32)
     lengths[1:][[not r for r in refused]] = counts
     ends = lengths.cumsum(dtype=np.int32)
-    plain = ((weights == 0) | (weights == 1)).all()
     column = lambda values, ends=ends: pa.ListArray.from_arrays(ends, pa.array(values))
     return pa.table(dict(input_ids=column(ids), labels=column(labels), refused=refused,
-                         typed=pa.array(typed, pa.int32()),
-                         weights=column(weights[:0], 0*ends) if plain else column(weights)))
+                         typed=pa.array(typed, pa.int32()), row=pa.array(numbers, pa.int64()),
+                         **(dict(weights=column(weights)) if weighted else {})))
 
-def _encode_stream(batch, tok, on_error, **options):
+def _encode_stream(ds, tok, on_error, options):
     "The same for a stream, which cannot look at all rows first"
-    rows = _encode_batch(batch, tok, **options).to_pylist()
-    reasons = [r['refused'] for r in rows if r['refused']]
-    if reasons and on_error == 'raise': raise FtkitError(f'a row of the stream: {reasons[0]}')
-    if reasons: print(f'left out {len(reasons)} of {len(rows)} rows, the first because {reasons[0]}')
-    kept = [r for r in rows if not r['refused']]
-    return {c: [r[c] for r in kept] for c in ('input_ids', 'labels')} | (
-        {'weights': [r['weights'] for r in kept]} if any(r['weights'] for r in kept) else {})
+    rows,seen,left = iter(ds),0,0
+    while some := list(islice(rows, 1000)):
+        columns = {c: [row.get(c) for row in some] for c in dict.fromkeys(c for row in some for c in row)}
+        weighted = any(m.get('train') is not None for row in some for m in row.get('messages') or [])
+        for ex in _encode_batch(columns, range(seen, seen+len(some)), tok, **options, weighted=weighted).to_pylist():
+            reason,_,number = ex.pop('refused'),ex.pop('typed'),ex.pop('row')
+            if reason and on_error == 'raise': raise FtkitError(f'stream row {number+1}: {reason}')
+            left += bool(reason)
+            if not reason: yield ex
+        seen += len(some)
+    if left: print(f'left out {left} rows of a stream of {seen}')
 
 def _fingerprint(ds, tok, options):
-    key = [ds._fingerprint, tok.chat_template, tok.backend_tokenizer.to_str(), __version__, options]
+    key = [ds._fingerprint, tok.chat_template, {k: str(v) for k,v in tok.special_tokens_map.items()},
+           tok.backend_tokenizer.to_str(), __version__, options]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 # %% ../nbs/12_mask.ipynb #b01ae07f
@@ -310,7 +336,10 @@ _job = {}
 def _encode_shard(k):
     ds,n,folder,key,options = (_job[x] for x in ('ds', 'n', 'folder', 'key', 'options'))
     file = str(Path(folder)/f'ftkit-{key}-{k}-of-{n}.arrow')
-    ds.shard(n, k, contiguous=True).map(**options, new_fingerprint=f'{key}{k}', cache_file_name=file)
+    each,more = divmod(len(ds), n)
+    function = partial(options['function'], offset=k*each + min(k, more))
+    ds.shard(n, k, contiguous=True).map(**options | dict(function=function), new_fingerprint=f'{key}{k}',
+                                        cache_file_name=file)
     return file
 
 def _map(ds, num_proc, key, **options):
@@ -333,7 +362,8 @@ def _refuse(ds, source, on_error):
     refused = pc.not_equal(ds.data.column('refused'), '').to_numpy()
     bad = np.flatnonzero(refused)
     if not len(bad): return ds
-    what = f"{source} row {bad[0]+1}: {ds[int(bad[0])]['refused']}"
+    first = ds[int(bad[0])]
+    what = f"{source} row {first['row']+1}: {first['refused']}"
     more = f' ({len(bad)} of {len(ds)} rows are refused)' if len(bad) > 1 else ''
     if on_error == 'raise' or len(bad) == len(ds): raise FtkitError(what + more)
     print(f'left out {len(bad)} of {len(ds)} rows, the first is {what}')
@@ -349,23 +379,32 @@ def encode_dataset(tok,                  # tokenizer with a chat template
                    num_proc=None         # number of processes
                   ):                     # `Dataset` with `input_ids`, `labels` and, if a message has one, `weights`
     "Encode every row; raises `FtkitError` with the first row that cannot be used, and how many there are"
-    import pyarrow.compute as pc
+    import pyarrow as pa, pyarrow.compute as pc
     from datasets import Dataset, Features, IterableDataset, List, Value
     options = dict(train_on=train_on, per_turn=per_turn, controls=controls)
-    if isinstance(ds, IterableDataset): return ds.map(
-        partial(_encode_stream, tok=tok, on_error=on_error, **options), batched=True, remove_columns=list(next(iter(ds))))
+    if on_error not in ('raise', 'skip'): raise FtkitError(f"on_error '{on_error}' is unknown: use raise or skip")
+    if num_proc is not None and num_proc < 1: raise FtkitError(f'num_proc={num_proc}: must be at least 1')
+    if isinstance(ds, IterableDataset): return IterableDataset.from_generator(
+        partial(_encode_stream, ds, tok, on_error, options))
     if not isinstance(ds, Dataset): ds = as_dataset(ds)
     if not len(ds): raise FtkitError('no rows to encode: the data set is empty')
     columns = [c for c in ds.column_names if c in ('messages', 'tools', 'prompt', 'completion', 'text', 'segments')]
     if 'messages' in columns: columns = [c for c in columns if c in ('messages', 'tools')]
+    if 'label' in ds.column_names and 'completion' in columns: raise FtkitError(
+        "these answers are labelled good or bad: convert(ds, 'messages') keeps the good ones")
     if not {*columns} & {'messages', 'completion', 'text', 'segments'}: raise FtkitError(
         f"columns {', '.join(ds.column_names)} hold nothing to imitate: convert(ds, 'messages') may make it")
     features = Features(dict(input_ids=List(Value('int32')), labels=List(Value('int32')),
-                             refused=Value('string'), typed=Value('int32'), weights=List(Value('float32'))))
+                             refused=Value('string'), typed=Value('int32'), row=Value('int64')))
+    weighted = any(isinstance(f, List) and 'train' in f.feature for f in map(ds.features.get, columns)
+                   if isinstance(getattr(f, 'feature', None), dict))
+    if weighted: features['weights'] = List(Value('float32'))
     no_bars()
     out = _map(ds.select_columns(columns), num_proc, _fingerprint(ds, tok, options), features=features,
-               function=partial(_encode_batch, tok=tok, **options), batched=True, remove_columns=columns)
+               function=partial(_encode_batch, tok=tok, **options, weighted=weighted), batched=True,
+               with_indices=True, remove_columns=columns)
     if typed := pc.sum(pc.greater(out.data.column('typed'), 0)).as_py(): print(
         f"{typed} rows hold control tokens that somebody typed: controls='text' reads them as text")
-    weighted = pc.max(pc.list_value_length(out.data.column('weights'))).as_py()
-    return _refuse(out, 'data', on_error).remove_columns(['refused', 'typed'] + ([] if weighted else ['weights']))
+    same = weighted and all(pc.all(pc.is_in(c.values, pa.array([0, 1], pa.float32()))).as_py() is not False
+                            for c in out.data.column('weights').chunks)
+    return _refuse(out, 'data', on_error).remove_columns(['refused', 'typed', 'row'] + ['weights']*bool(same))

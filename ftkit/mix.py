@@ -15,6 +15,7 @@ import hashlib, json
 from dataclasses import dataclass
 from .core import FtkitError
 from .chat import _plain
+from .formats import as_dataset, kind_of
 
 # %% ../nbs/19_mix.ipynb #150071a5
 @dataclass
@@ -29,9 +30,17 @@ class Share:
 def _size(row):
     "Tokens of a row, or characters"
     if 'input_ids' in row: return len(row['input_ids'])
-    texts = [row.get('text') or ''] + [m.get('content') or '' for c in ('messages', 'prompt', 'completion', 'chosen')
-                                       for m in (row.get(c) or []) if isinstance(m, dict)]
-    return sum(map(len, texts)) + sum(len(row[c]) for c in ('prompt', 'completion') if isinstance(row.get(c), str))
+    texts = [s['text'] for s in row.get('segments') or []]
+    for c in ('text', 'messages', 'prompt', 'completion', 'chosen'):
+        value = row.get(c) or ''
+        texts += [value] if isinstance(value, str) else [m.get('content') or '' for m in value]
+    return sum(map(len, texts))
+
+def _joined(sources):
+    "All rows with the name of their source; row by row where the columns are not alike"
+    from datasets import concatenate_datasets
+    try: return concatenate_datasets([ds.add_column('source', [name]*len(ds)) for name,ds in sources.items()])
+    except ValueError: return as_dataset(dict(row, source=name) for name,ds in sources.items() for row in ds)
 
 def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_dataset`
         weights=None,  # dict of name -> weight; in proportion to their rows by default
@@ -41,16 +50,24 @@ def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_da
        ):              # (`Dataset` with a column `source`, list of `Share`)
     "Draw rows from several sources at random; raises `FtkitError` for weights that make no sense"
     import numpy as np
-    from datasets import concatenate_datasets
+    sources = {name: ds if hasattr(ds, 'column_names') else as_dataset(ds) for name,ds in sources.items()}
     weights = weights or {name: len(ds) for name,ds in sources.items()}
     if {*weights} != {*sources}: raise FtkitError(
         f"weights are for {', '.join(weights)}, the sources are {', '.join(sources)}: name each of them once")
-    if not sources or min(weights.values()) <= 0: raise FtkitError(f'weights must be positive: {weights}')
+    if not sources: raise FtkitError('there are no sources to mix')
+    if not all(0 < w < float('inf') for w in weights.values()): raise FtkitError(f'weights must be positive: {weights}')
+    if n is not None and (not isinstance(n, int) or n < 1): raise FtkitError(f'n={n}: must be a whole number of rows')
+    if taken := [name for name,ds in sources.items() if 'source' in ds.column_names]: raise FtkitError(
+        f"'{taken[0]}' has a column 'source', which the mix needs: rename it")
     if empty := [name for name,ds in sources.items() if not len(ds)]: raise FtkitError(f"'{empty[0]}' has no rows")
+    kinds = {name: 'tokens' if 'input_ids' in ds.column_names else kind_of(ds[0]) for name,ds in sources.items()}
+    if len({*kinds.values()}) > 1: raise FtkitError(f'the sources are of different kinds: {kinds}: convert them to one')
     names,rng = list(sources),np.random.default_rng(seed)
     p = np.array([weights[name] for name in names], float)
     sizes,p = np.array([len(sources[name]) for name in names]),p/p.sum()
-    draw = rng.choice(len(names), n or int((4*sizes/p).max()) + 100, p=p)
+    most = n or int((2*sizes/p).max()) + 100
+    if most > 100*sizes.sum() + 1000: raise FtkitError(f'these weights would repeat rows a hundred times: {weights}')
+    draw = rng.choice(len(names), most, p=p)
     used = np.stack([(draw == k).cumsum() for k in range(len(names))])
     over = (used > sizes[:,None]).any(0) if not repeat else (used >= sizes[:,None]).all(0)
     if n is None: draw = draw[:over.argmax() + repeat] if over.any() else draw
@@ -61,8 +78,7 @@ def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_da
         at = np.flatnonzero(draw == k)
         rounds = [rng.permutation(size) for _ in range(-(-len(at)//size))]
         order[at] = np.concatenate([*rounds, []])[:len(at)].astype(np.int64) + sizes[:k].sum()
-    parts = [ds.add_column('source', [name]*len(ds)) for name,ds in sources.items()]
-    mixed = concatenate_datasets(parts).select(order)
+    mixed = _joined(sources).select(order)
     return mixed, _shares(mixed, names, p)
 
 # %% ../nbs/19_mix.ipynb #796d46bf
@@ -94,6 +110,7 @@ def split_by_prompt(ds,            # `Dataset` of converted rows
     "Hold out rows so that no prompt is on both sides; raises `FtkitError` when that leaves a side empty"
     import numpy as np
     from datasets import DatasetDict
+    if not hasattr(ds, 'column_names'): ds = as_dataset(ds)
     if not 0 < test_size < 1: raise FtkitError(f'test_size={test_size}: must be between 0 and 1')
     key = lambda text: hashlib.sha256(json.dumps([seed, text]).encode()).digest()[:8]
     keys = np.array([int.from_bytes(key(prompt_of(row)), 'big') for row in ds], np.uint64)

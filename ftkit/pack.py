@@ -12,7 +12,8 @@ __all__ = ['pack', 'pack_dataset', 'Collator', 'leak', 'packable', 'padding']
 
 # %% ../nbs/14_pack.ipynb #477f50cd
 from .core import FtkitError
-from .lengths import PER_TOKEN, from_arrays
+from .formats import as_dataset
+from .lengths import PER_TOKEN, aligned, from_arrays
 
 # %% ../nbs/14_pack.ipynb #0ea7db1f
 def _checked(lengths, max_length):
@@ -78,12 +79,12 @@ def _views(ds):
     if 'input_ids' not in columns: raise FtkitError('these rows have no input_ids: encode_dataset first')
     values,chunk,first,lengths,k = {c: [] for c in columns},[],[],[],0
     for table in ds.select_columns(columns).with_format('arrow').iter(100_000):
-        for lists in zip(*(table[c].chunks for c in columns)):
-            ends = lists[0].offsets.to_numpy().astype(np.int64)
-            for c,a in zip(columns, lists): values[c].append(a.values.to_numpy())
-            chunk.append(np.full(len(ends)-1, k))
-            first.append(ends[:-1])
-            lengths.append(np.diff(ends))
+        for arrays in zip(*(table[c].chunks for c in columns)):
+            flat,counts = aligned(dict(zip(columns, arrays)))
+            for c in columns: values[c].append(flat[c])
+            chunk.append(np.full(len(counts), k))
+            first.append(counts.cumsum()-counts)
+            lengths.append(counts)
             k += 1
     return values, *(np.concatenate(x) for x in (chunk, first, lengths))
 
@@ -115,9 +116,11 @@ def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
     "Pack documents into rows; raises `FtkitError` for one that is longer than a row"
     import numpy as np
     if strategy not in ('bfd', 'wrapped'): raise FtkitError(f"strategy '{strategy}' is unknown: use bfd or wrapped")
+    if not hasattr(ds, 'column_names'): ds = as_dataset(ds)
     if not len(ds): raise FtkitError('no rows to pack: the data set is empty')
+    if 'position_ids' in ds.column_names: raise FtkitError('these rows are packed already')
     values,chunk,first,lengths = _views(ds)
-    if strategy == 'wrapped': docs,inside,counts,sizes = _wrapped(lengths, max_length)
+    if strategy == 'wrapped' and _checked(lengths.clip(max=max_length), max_length).size: docs,inside,counts,sizes = _wrapped(lengths, max_length)
     else:
         bins = pack(lengths, max_length)
         docs,sizes,inside = np.concatenate(bins),np.array([len(b) for b in bins]),0
@@ -144,14 +147,17 @@ class Collator:
         self.varlen,self.padding_free = 'flash' in kernel,padding_free
 
     def __call__(self, examples):
-        columns = {c: [ex.get(c) for ex in examples] for c in PER_TOKEN if any(c in ex for ex in examples)}
+        columns = {c: [ex.get(c) for ex in examples] for c in PER_TOKEN if any(ex.get(c) is not None for ex in examples)}
         if 'weights' in columns: columns['weights'] = [
-            w or [float(l != -100) for l in ex['labels']] for w,ex in zip(columns['weights'], examples)]
+            [float(l != -100) for l in ex['labels']] if w is None or not len(w) else w
+            for w,ex in zip(columns['weights'], examples)]
+        for c,rows in columns.items():
+            if any(r is None for r in rows): raise FtkitError(f"some examples of the batch have '{c}' and some have not")
         packed = 'position_ids' in columns
         if not packed and not self.padding_free: return self._padded(columns)
         if not packed: columns['position_ids'] = [list(range(len(ids))) for ids in columns['input_ids']]
-        for p,labels in zip(columns['position_ids'], columns.get('labels', [])): # predicted by another document
-            labels[:] = [-100 if at == 0 else l for at,l in zip(p, labels)]
+        if 'labels' in columns: columns['labels'] = [ # the first token of a document is predicted by another one
+            [-100 if at == 0 else l for at,l in zip(*pair)] for pair in zip(columns['position_ids'], columns['labels'])]
         if self.varlen or self.padding_free: columns = {c: [sum(map(list, v), [])] for c,v in columns.items()}
         batch = self._tensors(columns) | dict(use_cache=False)
         return batch | self._places(batch['position_ids']) if self.varlen else batch
@@ -160,7 +166,9 @@ class Collator:
         import torch
         width = max(map(len, columns['input_ids']))
         fill = dict(input_ids=self.pad, labels=-100, weights=0., position_ids=0)
-        return {c: torch.tensor([list(v) + [fill[c]]*(width-len(v)) for v in rows]) for c,rows in columns.items()}
+        kind = lambda c: torch.float32 if c == 'weights' else torch.long
+        return {c: torch.tensor([list(v) + [fill[c]]*(width-len(v)) for v in rows], dtype=kind(c))
+                for c,rows in columns.items()}
 
     def _padded(self, columns):
         import torch

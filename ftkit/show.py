@@ -64,8 +64,8 @@ def show_tokens(tok,           # tokenizer
     "Every token of a row: trained or not, whose it is, where documents begin; hover for its id"
     if isinstance(row, list): row = dict(messages=row)
     if 'input_ids' not in row:
-        messages,tools = messages or row.get('messages'),row.get('tools')
-        row = encode(tok, row)
+        messages,tools = messages or row.get('messages'),row.get('tools') or tools
+        row = encode(tok, row, tools=tools)
     n = len(row['input_ids'])
     labels,positions = row.get('labels') or row['input_ids'],row.get('position_ids') or range(n)
     roles = token_roles(tok, messages, tools) if messages else ['']*n

@@ -12,13 +12,14 @@ Docs: https://ftkit.github.io/ftkit/train.html.md"""
 __all__ = ['OBJECTIVES', 'Objective', 'Run', 'read_log', 'run_files', 'last_checkpoint', 'train']
 
 # %% ../nbs/40_train.ipynb #6bc5613a
-import json, os, re, shutil, warnings
+import json, os, re, shutil, sys, warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from .core import Device, FtkitError, no_bars
 from .logps import label_logps
 from .formats import as_dataset
-from .lengths import cut_dataset, truncate
+from .lengths import WAYS, cut_dataset, truncate
 from .mask import encode_dataset
 from .models import save
 from .pack import Collator, pack_dataset, packable
@@ -49,8 +50,9 @@ def _trainer(loss, *args, **kwargs):
             self.weights = inputs.pop('weights', None)
             return super().compute_loss(model, inputs, *args, **kwargs)
         def _get_num_items_in_batch(self, batches, device):
-            if not batches or 'weights' not in batches[0]: return super()._get_num_items_in_batch(batches, device)
-            return sum(b['weights'][:,1:].sum() for b in batches).to(device)
+            if not any('weights' in b for b in batches): return super()._get_num_items_in_batch(batches, device)
+            trained = [(b['labels'][:,1:] != -100).float() for b in batches]
+            return sum((t*b['weights'][:,1:] if 'weights' in b else t).sum() for t,b in zip(trained, batches)).to(device)
 
     def reduced(outputs, labels, num_items_in_batch=None):
         losses,n = loss(outputs, labels, trainer.weights)
@@ -156,10 +158,18 @@ def _stream(obj, tok, ds, max_length, too_long, packing):
     "Rows that come while they are used: each is cut for itself"
     if packing or too_long not in ('drop', 'right', 'left'): raise FtkitError(
         'a stream cannot be packed, split or refused, as nobody knows its rows: load it without streaming')
-    if 'input_ids' not in next(iter(ds)): ds = obj.prepare(tok, ds)
-    if not max_length: return ds
-    if too_long == 'drop': return ds.filter(lambda row: len(row['input_ids']) <= max_length)
-    return ds.map(lambda row: truncate(row, max_length, too_long))
+    if not (first := next(iter(ds), None)): raise FtkitError('no rows to train on: the stream is empty')
+    if 'input_ids' not in first: ds = obj.prepare(tok, ds)
+    return type(ds).from_generator(partial(_cut_stream, ds, max_length or sys.maxsize, too_long))
+
+def _cut_stream(ds, max_length, too_long):
+    lost = n = 0
+    for n,row in enumerate(ds, 1):
+        fits = len(row['input_ids']) <= max_length
+        if not fits and too_long != 'drop': row,fits = truncate(row, max_length, too_long),True
+        if fits and any(l != -100 for l in row['labels']): yield row
+        else: lost += 1
+    if lost: print(f'{lost} of {n} rows of the stream were too long, or had nothing to train')
 
 def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     "A data set as numbers, which it may be already, cut and packed"
@@ -167,7 +177,7 @@ def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     if not hasattr(ds, '__len__'): return _stream(obj, tok, ds, max_length, too_long, packing)
     if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
     if 'input_ids' not in ds[0]: ds = obj.prepare(tok, ds)
-    if max_length:
+    if max_length and packing != 'wrapped': # which cuts nothing off
         ds,cut = cut_dataset(ds if hasattr(ds, 'column_names') else as_dataset(ds), max_length, too_long)
         if cut.long or cut.dead: print(cut)
     if not packing: return ds
@@ -196,6 +206,7 @@ def train(model,           # from `load_model`
     out,obj = Path(out),OBJECTIVES[objective]
     if resume and overwrite: raise FtkitError('resume and overwrite: choose one')
     _may_write(out, resume or overwrite)
+    if too_long not in WAYS: raise FtkitError(f"too_long '{too_long}' is unknown: use one of {', '.join(WAYS)}")
     if packing and not max_length: raise FtkitError('packing needs max_length, the tokens of a row')
     if packing and (reason := packable(model, tok)): raise FtkitError(reason)
     data = _prepared(obj, tok, data, max_length, too_long, packing)
