@@ -228,8 +228,8 @@ def _end(r, messages, text, i, start):
         closing = _tags.match(end, said)[0]
         eos = dict(r.options).get('eos_token')
         tail = upto[said:].lstrip()
-        if not closing and eos and tail.startswith(eos) and i == len(messages)-1: end = upto[:upto.index(eos, said)+len(eos)]
-        else: end = end[:said] + closing
+        only_end = not closing and eos and tail.startswith(eos) and i == len(messages)-1
+        end = upto[:upto.index(eos, said)+len(eos)] if only_end else end[:said] + closing
     _must_begin(text, end, i, *_history)
     written = end[start:]
     keep = len(content) if isinstance(content, str) and written.startswith(content) else 0
@@ -438,8 +438,9 @@ def fold(messages,                 # list of dicts with `role` and `content`
         same = last and last['role'] == m['role'] != 'tool' and last.get('train') == m.get('train')
         joins = last and (repeats and same and not last.get('tool_calls') and not m.get('tool_calls')
                           or system and last['role'] == 'system' and m['role'] == 'user')
-        join = lambda key: '\n\n'.join(x[key] for x in (last, m) if x.get(key))
-        if joins: out[-1] = {**last, **m} | {k: join(k) for k in ('content', 'reasoning_content') if k in {**last, **m}}
+        if joins:
+            texts = {k: [x[k] for x in (last, m) if x.get(k)] for k in ('content', 'reasoning_content')}
+            out[-1] = {**last, **m} | {k: '\n\n'.join(said) for k,said in texts.items() if said}
         else: out.append(m)
     return out
 

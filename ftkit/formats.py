@@ -613,7 +613,7 @@ def _first_line(e): return next(iter(str(e).splitlines()), type(e).__name__)
 
 # %% ../nbs/10_formats.ipynb #1c6e1bfc
 def _file(path, kind):
-    "Rows of a CSV or Parquet file; what stands in a CSV file is text, also where it looks like a number or like nothing"
+    "Rows of a CSV or Parquet file; what stands in a CSV file is text, also where it looks like a number"
     from datasets import load_dataset
     import pandas
     try:

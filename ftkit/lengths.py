@@ -21,7 +21,6 @@ PER_TOKEN = 'input_ids', 'labels', 'weights', 'position_ids' # columns with a va
 
 def _batches(ds, size=10_000):
     "(columns of tokens as flat arrays, where each row begins, its length) of some rows at a time"
-    import numpy as np
     columns = [c for c in PER_TOKEN if c in ds.column_names]
     if 'input_ids' not in columns: raise FtkitError('these rows have no input_ids: encode_dataset first')
     for table in ds.with_format('arrow').iter(size):

@@ -62,7 +62,8 @@ def _conversation(renderer, messages, train_on, tools=None):
 # %% ../nbs/12_mask.ipynb #6514ac11
 def _completion(renderer, row, train_on, eos):
     prompt,completion = row['prompt'],row['completion']
-    if type(prompt) is not type(completion): raise FtkitError('prompt and completion must both be texts, or both messages')
+    if type(prompt) is not type(completion): raise FtkitError(
+        'prompt and completion must both be texts, or both messages')
     if not isinstance(prompt, str): # two lists of messages
         asked = [dict(m, train=m.get('train') or False) for m in prompt]
         return _conversation(renderer, asked + completion, train_on, row.get('tools'))
@@ -108,6 +109,7 @@ def _must_know(controls, row, found):
         if m['role'] != 'assistant' and i not in known and pattern.search(m.get('content') or ''): raise FtkitError(
             f'the template hides where the text of turn {i} stands: its control tokens cannot be made text')
 
+# %% ../nbs/12_mask.ipynb #bf47eedb
 def typed_controls(tok,       # tokenizer with a chat template
                    messages,  # list of dicts with `role` and `content`
                    tools=None # list of tool schemas
@@ -311,6 +313,7 @@ def _encode_batch(batch, numbers, tok, train_on, per_turn, controls, weighted, o
                          typed=pa.array(typed, pa.int32()), row=pa.array(numbers, pa.int64()),
                          **(dict(weights=column(weights)) if weighted else {})))
 
+# %% ../nbs/12_mask.ipynb #3b59c78e
 def _encode_stream(ds, tok, on_error, options):
     "The same for a stream, which cannot look at all rows first"
     rows,seen,left = iter(ds),0,0

@@ -36,20 +36,15 @@ def _size(row):
         texts += [value] if isinstance(value, str) else [m.get('content') or '' for m in value]
     return sum(map(len, texts))
 
+# %% ../nbs/19_mix.ipynb #1e37c8c3
 def _joined(sources):
     "All rows with the name of their source; row by row where the columns are not alike"
     from datasets import concatenate_datasets
     try: return concatenate_datasets([ds.add_column('source', [name]*len(ds)) for name,ds in sources.items()])
     except ValueError: return as_dataset(dict(row, source=name) for name,ds in sources.items() for row in ds)
 
-def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_dataset`
-        weights=None,  # dict of name -> weight; in proportion to their rows by default
-        n=None,        # rows to draw; until a source is used up by default
-        repeat=False,  # draw on until every source has been seen whole
-        seed=0         # of the order
-       ):              # (`Dataset` with a column `source`, list of `Share`)
-    "Draw rows from several sources at random; raises `FtkitError` for weights that make no sense"
-    import numpy as np
+def _sources(sources, weights, n):
+    "Checked sources and weights"
     sources = {name: ds if hasattr(ds, 'column_names') else as_dataset(ds) for name,ds in sources.items()}
     weights = weights or {name: len(ds) for name,ds in sources.items()}
     if {*weights} != {*sources}: raise FtkitError(
@@ -62,6 +57,18 @@ def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_da
     if empty := [name for name,ds in sources.items() if not len(ds)]: raise FtkitError(f"'{empty[0]}' has no rows")
     kinds = {name: 'tokens' if 'input_ids' in ds.column_names else kind_of(ds[0]) for name,ds in sources.items()}
     if len({*kinds.values()}) > 1: raise FtkitError(f'the sources are of different kinds: {kinds}: convert them to one')
+    return sources, weights
+
+# %% ../nbs/19_mix.ipynb #bc5bc44f
+def mix(sources,       # dict of name -> `Dataset` of one kind, or of `encode_dataset`
+        weights=None,  # dict of name -> weight; in proportion to their rows by default
+        n=None,        # rows to draw; until a source is used up by default
+        repeat=False,  # draw on until every source has been seen whole
+        seed=0         # of the order
+       ):              # (`Dataset` with a column `source`, list of `Share`)
+    "Draw rows from several sources at random; raises `FtkitError` for weights that make no sense"
+    import numpy as np
+    sources,weights = _sources(sources, weights, n)
     names,rng = list(sources),np.random.default_rng(seed)
     p = np.array([weights[name] for name in names], float)
     sizes,p = np.array([len(sources[name]) for name in names]),p/p.sum()

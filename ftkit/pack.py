@@ -120,7 +120,8 @@ def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
     if not len(ds): raise FtkitError('no rows to pack: the data set is empty')
     if 'position_ids' in ds.column_names: raise FtkitError('these rows are packed already')
     values,chunk,first,lengths = _views(ds)
-    if strategy == 'wrapped' and _checked(lengths.clip(max=max_length), max_length).size: docs,inside,counts,sizes = _wrapped(lengths, max_length)
+    _checked(lengths.clip(max=max_length), max_length)
+    if strategy == 'wrapped': docs,inside,counts,sizes = _wrapped(lengths, max_length)
     else:
         bins = pack(lengths, max_length)
         docs,sizes,inside = np.concatenate(bins),np.array([len(b) for b in bins]),0
@@ -147,12 +148,13 @@ class Collator:
         self.varlen,self.padding_free = 'flash' in kernel,padding_free
 
     def __call__(self, examples):
-        columns = {c: [ex.get(c) for ex in examples] for c in PER_TOKEN if any(ex.get(c) is not None for ex in examples)}
+        columns = {c: [ex.get(c) for ex in examples] for c in PER_TOKEN}
+        columns = {c: values for c,values in columns.items() if any(v is not None for v in values)}
         if 'weights' in columns: columns['weights'] = [
             [float(l != -100) for l in ex['labels']] if w is None or not len(w) else w
             for w,ex in zip(columns['weights'], examples)]
-        for c,rows in columns.items():
-            if any(r is None for r in rows): raise FtkitError(f"some examples of the batch have '{c}' and some have not")
+        for c,values in columns.items():
+            if any(v is None for v in values): raise FtkitError(f"some examples of a batch have '{c}', others not")
         packed = 'position_ids' in columns
         if not packed and not self.padding_free: return self._padded(columns)
         if not packed: columns['position_ids'] = [list(range(len(ids))) for ids in columns['input_ids']]

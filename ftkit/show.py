@@ -111,8 +111,9 @@ def template_diff(tok,      # tokenizer whose own template is one of the two
     ids = [tokenize(second, text) for text in texts]
     pieces = _changes(*texts)
     same = next((i for i,(x,y) in enumerate(zip(*ids)) if x != y), min(map(len, ids)))
+    at = len(pieces[0][0]) if pieces and not pieces[0][2] else 0
     note = 'the same text' if texts[0] == texts[1] else (
-        f'places that differ: {sum(d for *_,d in pieces)}, the first at character {0 if pieces[0][2] else len(pieces[0][0])}; '
+        f'places that differ: {sum(d for *_,d in pieces)}, the first at character {at}; '
         f'{len(ids[0])} and {len(ids[1])} tokens, the first {same} alike')
     red = '<span style="background:#fecaca;color:#111">{}</span>'
     mark = lambda text, differs: (red if differs else '{}').format(escape(_visible(text)))

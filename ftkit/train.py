@@ -51,8 +51,8 @@ def _trainer(loss, *args, **kwargs):
             return super().compute_loss(model, inputs, *args, **kwargs)
         def _get_num_items_in_batch(self, batches, device):
             if not any('weights' in b for b in batches): return super()._get_num_items_in_batch(batches, device)
-            trained = [(b['labels'][:,1:] != -100).float() for b in batches]
-            return sum((t*b['weights'][:,1:] if 'weights' in b else t).sum() for t,b in zip(trained, batches)).to(device)
+            share = [b['weights'][:,1:] if 'weights' in b else 1. for b in batches]
+            return sum(((b['labels'][:,1:] != -100)*w).sum() for b,w in zip(batches, share)).to(device)
 
     def reduced(outputs, labels, num_items_in_batch=None):
         losses,n = loss(outputs, labels, trainer.weights)
@@ -171,6 +171,7 @@ def _cut_stream(ds, max_length, too_long):
         else: lost += 1
     if lost: print(f'{lost} of {n} rows of the stream were too long, or had nothing to train')
 
+# %% ../nbs/40_train.ipynb #90ed1fbb
 def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     "A data set as numbers, which it may be already, cut and packed"
     if ds is None: return None

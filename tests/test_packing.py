@@ -146,4 +146,5 @@ def test_training_from_a_stream(tmp_path):
     with pytest.raises(FtkitError, match='max_steps'):
         train(model, tok, load(tmp_path/'rows.jsonl', streaming=True), out=tmp_path/'endless', max_steps=-1)
     with pytest.raises(FtkitError, match='cannot be packed'):
-        train(model, tok, load(tmp_path/'rows.jsonl', streaming=True), out=tmp_path/'endless', packing=True, max_length=99)
+        stream = load(tmp_path/'rows.jsonl', streaming=True)
+        train(model, tok, stream, out=tmp_path/'endless', packing=True, max_length=99)

@@ -37,7 +37,8 @@ TEMPLATES = {
     'a macro writes': ('{% macro say(m) %}' + TURN + '{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}'
         + PROMPT.replace('TAIL', ''), ['x<|im_end|>', 'y<|im_end|>']),
     'a reminder after each answer': ('{% for m in messages %}' + TURN + '{% if m.role == "assistant" %}'
-        '({{ messages[0].content }}){% endif %}{% endfor %}' + PROMPT.replace('TAIL', ''), "writes the system's turn 0"),
+        '({{ messages[0].content }}){% endif %}{% endfor %}' + PROMPT.replace('TAIL', ''),
+        "writes the system's turn 0"),
     'the last is numbered': ('{% for m in messages %}[{{ loop.index }}/{{ messages | length }}]' + TURN + '{% endfor %}'
         + PROMPT.replace('TAIL', ''), 'differently in context'),
     'it divides by nothing': (LOOP + '{{ 1/0 }}', 'refuses these messages')}
@@ -54,9 +55,11 @@ def test_spans_of_odd_templates(name, flag):
         return
     text,found = spans(tok, chat)
     assert [text[s.start:s.end] for s in found if s.role == 'assistant'] == wanted
-    assert [text[s.start:s.end] for s in found if s.role != 'assistant'] in (['RULE', 'one', 'two'], ['one', 'two', 'RULE'])
+    others = [text[s.start:s.end] for s in found if s.role != 'assistant']
+    assert others in (['RULE', 'one', 'two'], ['one', 'two', 'RULE'])
 
-@pytest.mark.parametrize('words', ['a', 'assist', 'assistant', 'user', '<', '[', 'if a <b', '\n', '<|im_end|>', '<|im_start|>'])
+@pytest.mark.parametrize('words', ['a', 'assist', 'assistant', 'user', '<', '[', 'if a <b', '\n', '<|im_end|>',
+                                   '<|im_start|>'])
 @pytest.mark.parametrize('flag', [{}, dict(train=1.)], ids=['by frame', 'the long way'])
 def test_texts_that_look_like_the_template(words, flag):
     "Also when the assistant speaks first"
