@@ -350,7 +350,8 @@ def _map(ds, num_proc, key, **options):
     from datasets import Dataset, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
     if not num_proc or num_proc == 1 or 'fork' not in get_all_start_methods():
-        return ds.map(**options, num_proc=num_proc, new_fingerprint=key, desc='tokenizing')
+        several = num_proc if num_proc and num_proc > 1 else None # one process would be a second one
+        return ds.map(**options, num_proc=several, new_fingerprint=key, desc='tokenizing')
     folder = Path(ds.cache_files[0]['filename']).parent if ds.cache_files else get_temporary_cache_files_directory()
     _job.update(ds=ds, n=min(8*num_proc, len(ds)), folder=folder, key=key, options=options)
     with patch.dict(os.environ, TOKENIZERS_PARALLELISM='false'), get_context('fork').Pool(num_proc) as pool:
