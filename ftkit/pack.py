@@ -1,6 +1,6 @@
 """Full rows instead of padding, and documents that cannot see each other
 
-`pack` fills rows of a fixed length with documents, best fit first; `pack_dataset` does it to a data set, `Collator`
+`pack` fills rows of a fixed length with documents and leaves hardly a gap; `pack_dataset` does it to a data set, `Collator`
 makes batches in which documents are blind to each other, and `leak` measures on your model whether they are.
 
 Docs: https://ftkit.github.io/ftkit/pack.html.md"""
@@ -11,11 +11,42 @@ Docs: https://ftkit.github.io/ftkit/pack.html.md"""
 __all__ = ['pack', 'pack_dataset', 'Collator', 'leak', 'packable', 'padding']
 
 # %% ../nbs/14_pack.ipynb #477f50cd
+from collections import Counter
 from .core import FtkitError
 from .formats import as_dataset
 from .lengths import PER_TOKEN, aligned, from_arrays
 
 # %% ../nbs/14_pack.ipynb #0ea7db1f
+def _longest(sizes, room):
+    "The longest length that fits into a room, 0 if none does"
+    return max((sizes & ((2 << room)-1)).bit_length()-1, 0)
+
+def _pair(left, taken, sizes, room, tries):
+    "Two lengths that fill a room exactly, or []"
+    long = _longest(sizes, room-1)
+    while 2*long >= room and tries:
+        short,tries = room-long,tries-1
+        if sizes >> short & 1 and (long != short or left[long]-taken[long] > 1): return [long, short]
+        long = _longest(sizes, long-1)
+    return []
+
+def _pattern(left, sizes, room):
+    "Lengths for one row, longest first; slack is closed by exchanging the last ones for two that fit exactly"
+    row,taken,tries = [],Counter(),min(100, 2 + 2**18//room) # long rows have more lengths, and less slack to lose
+    def take(size, n):
+        nonlocal sizes, room
+        taken[size] += n
+        room -= n*size
+        sizes = sizes | 1 << size if taken[size] < left[size] else sizes & ~(1 << size)
+    while size := _longest(sizes, room):
+        row.append(size)
+        take(size, 1)
+    for k in range(1, min(3, len(row))+1) if room else ():
+        take(row[-k], -1)
+        if pair := _pair(left, taken, sizes, room, tries): return row[:-k] + pair
+    return row
+
+# %% ../nbs/14_pack.ipynb #ebde8997
 def _checked(lengths, max_length):
     import numpy as np
     lengths = np.asarray(lengths, np.int64)
@@ -28,39 +59,26 @@ def _checked(lengths, max_length):
 def _assign(lengths, max_length):
     "The row of each document"
     import numpy as np
-    order = np.argsort(-lengths, kind='stable')
+    order,left = np.argsort(lengths, kind='stable'),np.bincount(lengths, minlength=max_length+1).tolist()
+    at = [0, *np.cumsum(left).tolist()] # the next document of each length
+    sizes = sum(1 << size for size,n in enumerate(left) if n)
     row,n_rows = np.empty(len(lengths), np.int64),0
-    open_rows,rooms = {},0 # room -> rows that have it; the bits of these rooms
-    ends = np.flatnonzero(np.diff(lengths[order], append=0)) + 1
-    for docs in np.split(order, ends[:-1]) if len(order) else []:
-        size,at = int(lengths[docs[0]]),0
-        while at < len(docs):
-            fits = rooms >> size
-            room = (fits & -fits).bit_length()-1 + size if fits else max_length
-            each = room//size
-            wanted = -(-(len(docs)-at)//each)
-            if fits:
-                found = open_rows[room][-wanted:]
-                del open_rows[room][-wanted:]
-                if not open_rows[room]: rooms ^= 1 << room
-            else:
-                found = range(n_rows, n_rows+wanted)
-                n_rows += wanted
-            placed = min(len(docs)-at, len(found)*each)
-            row[docs[at:at+placed]] = np.repeat(found, each)[:placed]
-            at += placed
-            last = placed - (len(found)-1)*each # documents in the last of these rows
-            for left,some in ((room-each*size, found[:-1]), (room-last*size, found[-1:])):
-                if left and len(some):
-                    open_rows.setdefault(left, []).extend(some)
-                    rooms |= 1 << left
+    while sizes:
+        pattern = Counter(_pattern(left, sizes, max_length))
+        times = min(left[size]//n for size,n in pattern.items())
+        for size,n in pattern.items():
+            row[order[at[size]:at[size]+times*n]] = n_rows + np.arange(times*n)//n
+            at[size] += times*n
+            left[size] -= times*n
+            if not left[size]: sizes ^= 1 << size
+        n_rows += times
     return row
 
 # %% ../nbs/14_pack.ipynb #67c501cf
 def pack(lengths,   # tokens of each document
          max_length # tokens of a row
         ):          # list of rows, each a list of document numbers
-    "Fill rows by best fit, longest first; raises `FtkitError` for a document that fits nowhere"
+    "Fill rows with as little slack as possible; raises `FtkitError` for a document that fits nowhere"
     import numpy as np
     lengths = _checked(lengths, max_length)
     row = _assign(lengths, max_length)
@@ -111,7 +129,7 @@ def _rows(values, chunk, first, counts, max_length):
 # %% ../nbs/14_pack.ipynb #4ec1801a
 def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
                  max_length,     # tokens of a row
-                 strategy='bfd'  # best fit, longest first; or 'wrapped': everything in a line, for raw text
+                 strategy='bfd'  # whole documents, as TRL calls it; or 'wrapped': everything in a line, for raw text
                 ):               # `Dataset` on disk, with `position_ids` too
     "Pack documents into rows; raises `FtkitError` for one that is longer than a row"
     import numpy as np
