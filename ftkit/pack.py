@@ -75,19 +75,20 @@ def _assign(lengths, max_length):
     return row
 
 # %% ../nbs/14_pack.ipynb #67c501cf
+def _filled(lengths, max_length):
+    "(documents, row after row; how many each row has)"
+    import numpy as np
+    row = _assign(lengths, max_length)
+    order = np.argsort(np.unique(row, return_index=True)[1])
+    return np.argsort(np.argsort(order)[row], kind='stable'), np.bincount(row)[order]
+
 def pack(lengths,   # tokens of each document
          max_length # tokens of a row
         ):          # list of rows, each a list of document numbers
     "Fill rows with as little slack as possible; raises `FtkitError` for a document that fits nowhere"
-    import numpy as np
-    lengths = _checked(lengths, max_length)
-    row = _assign(lengths, max_length)
-    docs = np.argsort(row, kind='stable')
-    ends = np.flatnonzero(np.diff(row[docs], append=-1)) + 1
-    starts = np.append(0, ends[:-1])[:len(ends)]
-    by_first = np.argsort(docs[starts]) if len(docs) else starts # rows in the order of the data
-    docs = docs.tolist()
-    return [docs[a:b] for a,b in zip(starts[by_first].tolist(), ends[by_first].tolist())]
+    docs,sizes = _filled(_checked(lengths, max_length), max_length)
+    docs,ends = docs.tolist(),sizes.cumsum()
+    return [docs[a:b] for a,b in zip((ends-sizes).tolist(), ends.tolist())]
 
 # %% ../nbs/14_pack.ipynb #a5ed81d3
 def _views(ds):
@@ -119,12 +120,11 @@ def _wrapped(lengths, max_length):
 def _rows(values, chunk, first, counts, max_length):
     "(columns, where documents begin) of documents one after the other"
     import numpy as np
-    places = list(zip(chunk.tolist(), first.tolist(), (first+counts).tolist()))
+    places,starts = list(zip(chunk.tolist(), first.tolist(), (first+counts).tolist())),counts.cumsum()-counts
     out = {c: np.concatenate([v[k][a:b] for k,a,b in places]) for c,v in values.items()}
-    count_up = np.arange(max_length, dtype=np.int16 if max_length < 2**15 else np.int32)
-    out['position_ids'] = np.concatenate([count_up[:n] for n in counts.tolist()])
-    if 'labels' in out: out['labels'][counts.cumsum()-counts] = -100
-    return out
+    if 'labels' in out: out['labels'][starts] = -100
+    position = np.arange(counts.sum(), dtype=np.int32) - np.repeat(starts.astype(np.int32), counts)
+    return out | dict(position_ids=position.astype(np.int16) if max_length < 2**15 else position)
 
 # %% ../nbs/14_pack.ipynb #4ec1801a
 def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
@@ -141,11 +141,10 @@ def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
     _checked(lengths.clip(max=max_length), max_length)
     if strategy == 'wrapped': docs,inside,counts,sizes = _wrapped(lengths, max_length)
     else:
-        bins = pack(lengths, max_length)
-        docs,sizes,inside = np.concatenate(bins),np.array([len(b) for b in bins]),0
-        counts = lengths[docs]
+        docs,sizes = _filled(lengths, max_length)
+        counts,inside = lengths[docs],0
     chunk,first,ends = chunk[docs],first[docs]+inside,sizes.cumsum()
-    def blocks(rows=1000):
+    def blocks(rows=64):
         for a in range(0, len(sizes), rows):
             some = sizes[a:a+rows]
             of = slice(ends[a]-sizes[a], ends[a]-sizes[a]+some.sum())
