@@ -18,6 +18,16 @@ from fastcore.script import anno_parser, store_true
 from .core import FtkitError, profile
 
 # %% ../nbs/81_cli.ipynb #a333504b
+def _held_out(ds, share, seed):
+    "Array: is this row held out? 200 rows at most"
+    import numpy as np
+    from ftkit.mix import held_out
+    n = min(200, max(1, round(share*len(ds))))
+    try: return held_out(ds, n/len(ds), seed)
+    except FtkitError as e: print(f'{e}; rows are held out at random')
+    return np.random.default_rng(seed).permutation(len(ds)) < n
+
+# %% ../nbs/81_cli.ipynb #858ea251
 def _quiet():
     "Only our own words: the libraries below report errors and nothing else"
     import huggingface_hub.utils.logging as hub, transformers.utils.logging as transformers
@@ -69,11 +79,13 @@ def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftki
     _quiet()
     ds = load(p.data, format=format, mapping=columns, on_error='skip' if skip_bad else 'raise')
     tok = load_tokenizer(p.tokenizer)
-    ds = encode_dataset(tok, ds, per_turn=per_turn, on_error='skip' if skip_bad else 'raise')
-    ds,cut = cut_dataset(ds, p.max_length, too_long)
-    if cut.long or cut.dead: print(cut)
     if len(ds) < 2: raise FtkitError(f'{p.data}: one row is not enough, as some are held out: add more')
-    parts = ds.train_test_split(min(200, max(1, round(held_out*len(ds)))), seed=seed)
+    held = _held_out(ds, held_out, seed)
+    ds = encode_dataset(tok, ds, per_turn=per_turn, on_error='skip' if skip_bad else 'raise')
+    held,parts = held[ds['row']],{}
+    for name,rows in dict(train=~held, test=held).items():
+        parts[name],cut = cut_dataset(ds.select(rows.nonzero()[0]), p.max_length, too_long)
+        if cut.long or cut.dead: print(f'{name}: {cut}')
     print(f"{p.data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)
     run = train(tuned, tok, parts['train'], out=out, eval_data=parts['test'], resume=resume, overwrite=overwrite,

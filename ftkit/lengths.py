@@ -159,7 +159,7 @@ def gather(values, # flat array
     return values[np.repeat(starts-before, counts) + np.arange(counts.sum())]
 
 # %% ../nbs/13_lengths.ipynb #86ebf9f9
-def _cut_batch(columns, starts, lengths, max_length, how, report):
+def _cut_batch(columns, starts, lengths, max_length, how, report, numbers):
     "The pieces of some rows that stay: (columns, counts)"
     import numpy as np
     row,first,counts = _pieces(lengths, max_length, how)
@@ -172,7 +172,7 @@ def _cut_batch(columns, starts, lengths, max_length, how, report):
     pieces,counts = {c: gather(v, at[alive], counts[alive]) for c,v in pieces.items()},counts[alive]
     if (long := lengths > max_length).any() and not report.first:
         k = int(long.argmax())
-        report.first = f'the first is row {report.rows+k+1} with {lengths[k]:,}'
+        report.first = f'the first is row {numbers[report.rows+k]+1} with {lengths[k]:,}'
     kept = _trained(pieces, counts.cumsum()-counts, counts)[2].sum()
     for name,n in dict(rows=len(lengths), kept=len(counts), long=long.sum(), dead=(~alive).sum(),
                        unended=0 if how == 'drop' else ((trained > 0) & ~ended).sum(), tokens=lengths.sum(),
@@ -191,7 +191,8 @@ def cut_dataset(ds,         # `Dataset` with `input_ids` and `labels`
     if how not in WAYS: raise FtkitError(f"how '{how}' is unknown: use one of {', '.join(WAYS)}")
     if max_length < 1: raise FtkitError(f'max_length={max_length}: must be at least 1')
     report = Cut(max_length, how)
-    parts = [_cut_batch(*batch, max_length, how, report) for batch in _batches(ds)]
+    numbers = ds['row'] if 'row' in ds.column_names else range(len(ds)) # of these rows in the data
+    parts = [_cut_batch(*batch, max_length, how, report, numbers) for batch in _batches(ds)]
     if how == 'refuse' and report.long: raise FtkitError(f'{report}: raise max_length, or choose another way')
     if not report.kept: raise FtkitError(f'no row is left: {report}: raise max_length')
     if not report.long and not report.dead: return ds, report

@@ -321,8 +321,8 @@ def _encode_stream(ds, tok, on_error, options):
         columns = {c: [row.get(c) for row in some] for c in dict.fromkeys(c for row in some for c in row)}
         weighted = any(m.get('train') is not None for row in some for m in row.get('messages') or [])
         for ex in _encode_batch(columns, range(seen, seen+len(some)), tok, **options, weighted=weighted).to_pylist():
-            reason,_,number = ex.pop('refused'),ex.pop('typed'),ex.pop('row')
-            if reason and on_error == 'raise': raise FtkitError(f'stream row {number+1}: {reason}')
+            reason,_ = ex.pop('refused'),ex.pop('typed')
+            if reason and on_error == 'raise': raise FtkitError(f"stream row {ex['row']+1}: {reason}")
             left += bool(reason)
             if not reason: yield ex
         seen += len(some)
@@ -381,7 +381,7 @@ def encode_dataset(tok,                  # tokenizer with a chat template
                    controls='keep',      # or 'text': control tokens that a user typed are read as text
                    on_error='raise',     # or 'skip': leave out rows that the template refuses, and say how many
                    num_proc=None         # number of processes
-                  ):                     # `Dataset` with `input_ids`, `labels` and, if a message has one, `weights`
+                  ):                     # `Dataset` with `input_ids`, `labels`, `row` (its number in `ds`) and, if given, `weights`
     "Encode every row; raises `FtkitError` with the first row that cannot be used, and how many there are"
     import pyarrow as pa, pyarrow.compute as pc
     from datasets import Dataset, Features, IterableDataset, List, Value
@@ -411,4 +411,4 @@ def encode_dataset(tok,                  # tokenizer with a chat template
         f"{typed} rows hold control tokens that somebody typed: controls='text' reads them as text")
     same = weighted and all(pc.all(pc.is_in(c.values, pa.array([0, 1], pa.float32()))).as_py() is not False
                             for c in out.data.column('weights').chunks)
-    return _refuse(out, 'data', on_error).remove_columns(['refused', 'typed', 'row'] + ['weights']*bool(same))
+    return _refuse(out, 'data', on_error).remove_columns(['refused', 'typed'] + ['weights']*bool(same))

@@ -62,7 +62,7 @@ def test_typed_control_tokens_become_text(pairs):
 @given(st.lists(turns, min_size=1, max_size=5))
 def test_a_batch_equals_its_rows(many_pairs):
     tok,rows = TOKS['chatml'],[dict(messages=conversation(p)) for p in many_pairs]
-    assert list(encode_dataset(tok, rows)) == [encode(tok, r['messages']) for r in rows]
+    assert list(encode_dataset(tok, rows)) == [encode(tok, r['messages']) | dict(row=i) for i,r in enumerate(rows)]
 
 @few
 @given(st.lists(st.tuples(texts, st.booleans()), min_size=1, max_size=6))
