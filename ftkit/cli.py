@@ -83,8 +83,8 @@ def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftki
     held = _held_out(ds, held_out, seed)
     ds = encode_dataset(tok, ds, per_turn=per_turn, on_error='skip' if skip_bad else 'raise')
     held,parts = held[ds['row']],{}
-    for name,rows in dict(train=~held, test=held).items():
-        parts[name],cut = cut_dataset(ds.select(rows.nonzero()[0]), p.max_length, too_long)
+    for name,side in dict(train=~held, test=held).items():
+        parts[name],cut = cut_dataset(ds.select(side.nonzero()[0]), p.max_length, too_long)
         if cut.long or cut.dead: print(f'{name}: {cut}')
     print(f"{p.data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)

@@ -59,7 +59,8 @@ def test_one_long_row_among_good_ones_is_counted(ftkit, tmp_path):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*good, {**GOOD, 'instruction': 'x'*1_000_000}))
     code,out,err = ftkit('sft', 'data.jsonl', '--model', 'embedded', '--out', 'run', '--max-steps', 1)
     assert code == 0, err
-    assert '1 of 19 rows are longer than max_length=256 tokens (the first is row 21 with' in out and ': left out;' in out
+    assert '1 of 19 rows are longer than max_length=256 tokens (the first is row 21 with' in out
+    assert ': left out;' in out
     assert 'held out at random' not in out
     assert (tmp_path/'run'/'adapter'/'adapter_model.safetensors').exists()
 
