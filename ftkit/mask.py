@@ -381,7 +381,7 @@ def encode_dataset(tok,                  # tokenizer with a chat template
                    controls='keep',      # or 'text': control tokens that a user typed are read as text
                    on_error='raise',     # or 'skip': leave out rows that the template refuses, and say how many
                    num_proc=None         # number of processes
-                  ):                     # `Dataset` with `input_ids`, `labels`, `weights` if given, and `row`, its number
+                  ):                     # `Dataset` with `input_ids`, `labels`, `weights` if given, and `row` numbers
     "Encode every row; raises `FtkitError` with the first row that cannot be used, and how many there are"
     import pyarrow as pa, pyarrow.compute as pc
     from datasets import Dataset, Features, IterableDataset, List, Value
