@@ -15,6 +15,7 @@ Modules:
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
 - `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
+- `ftkit.nf4`: Four bits for a weight, and QLoRA on top
 - `ftkit.pack`: Full rows instead of padding, and documents that cannot see each other
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
