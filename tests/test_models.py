@@ -78,7 +78,8 @@ def test_saving_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
     for p in model.parameters():
         if p.requires_grad: torch.nn.init.ones_(p)
     monkeypatch.setattr(type(tok), 'save_pretrained', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError): save(model, tok, tmp_path/'tuned')
+    with pytest.raises(FtkitError, match='disk full.*nothing was saved'): save(model, tok, tmp_path/'tuned')
+    assert [f.name for f in tmp_path.iterdir()] == ['tuned']
     assert (old/'adapter_model.safetensors').read_bytes() == content
 
 def test_all_rows_of_an_epoch_are_seen_when_steps_follow_from_epochs(tmp_path, monkeypatch):

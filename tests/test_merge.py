@@ -1,0 +1,134 @@
+"Merged models: equal to the adapter within the precision, in bounded memory, and they stop"
+import hashlib, json, resource, subprocess, sys, textwrap
+from pathlib import Path
+import pytest, torch
+from ftkit.chat import set_template, stop_ids
+from ftkit.core import FtkitError
+from ftkit.models import load_model, load_tokenizer, load_tuned, merge, save
+from ftkit.mask import prompt_ids
+from ftkit.tiny import train_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CHAT = [dict(role='user', content='Hello there')]
+SIZES = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4)
+
+def base_folder(folder, tied=True, dtype=torch.float32, vocab=260, shard='5GB', template=None):
+    "A random Llama on disk whose tokenizer has no template of its own"
+    torch.manual_seed(0)
+    tok = train_tokenizer([])
+    if template: set_template(tok, template)
+    else: tok.chat_template = None
+    config = LlamaConfig(**SIZES, vocab_size=max(vocab, len(tok)), tie_word_embeddings=tied, initializer_range=.1)
+    model = LlamaForCausalLM(config).to(dtype)
+    tok.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+def shake(model, std=.03):
+    "Random adapter weights, as if it had been trained"
+    g = torch.Generator().manual_seed(1)
+    for n,p in model.named_parameters():
+        if p.requires_grad:
+            noise = torch.randn(p.shape, generator=g)*std
+            with torch.no_grad(): p.copy_(p*(1+noise) if 'magnitude' in n else p+noise if 'token' in n else noise)
+
+def logits(model, tok):
+    with torch.no_grad(): return model.eval()(input_ids=torch.tensor([prompt_ids(tok, CHAT)])).logits.float()
+
+def close(a, b):
+    "Within the rounding of 32 bits, which depends on the size of the logits"
+    torch.testing.assert_close(a, b, atol=2e-6*b.abs().max().item(), rtol=0)
+
+def tuned(tmp_path, adapter='lora', precision='fp32', base=None, **options):
+    base = base or base_folder(tmp_path/'base')
+    tok = load_tokenizer(base)
+    model = load_model(base, tok, adapter, precision, r=4, **options)
+    shake(model)
+    save(model, tok, tmp_path/'tuned')
+    return tok,model
+
+def digest(folder): return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+
+KINDS = dict(lora={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True),
+             everywhere=dict(target_modules=['q_proj', 'down_proj', 'embed_tokens', 'lm_head'], trainable_token_indices=None))
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_in_32_bits_it_is_the_adapter_and_peft_s_own_merge(tmp_path, kind, tied):
+    base = base_folder(tmp_path/'base', tied)
+    before = digest(base)
+    tok,model = tuned(tmp_path, base=base, **KINDS[kind])
+    wanted = logits(model, tok)
+    done = merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
+    assert done.route == 'base' and done.distance['base'] < 1e-7 and digest(base) == before
+    tok2,merged = load_tuned(tmp_path/'merged')
+    close(logits(merged, tok2), wanted)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (tied and kind != 'everywhere')
+    if kind == 'everywhere' and tied: return # PEFT's own merge adds both changes to the one matrix
+    peft = model.merge_and_unload(safe_merge=True)
+    for n,p in peft.named_parameters(): torch.testing.assert_close(merged.get_parameter(n), p, atol=1e-7, rtol=0)
+
+@pytest.mark.parametrize('adapter', ['lora', 'qlora'])
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_round_trips_in_16_bits(tmp_path, adapter, precision):
+    tok,model = tuned(tmp_path, adapter, precision)
+    wanted = logits(model, tok)
+    tok2,again = load_tuned(tmp_path/'tuned')
+    assert torch.equal(logits(again, tok2), wanted)
+    done = merge(tmp_path/'tuned', tmp_path/'merged')
+    assert done.precision == precision and done.route == ('base' if adapter == 'lora' else 'dequantized')
+    tok3,merged = load_tuned(tmp_path/'merged')
+    eps = torch.finfo(getattr(torch, dict(bf16='bfloat16', fp16='float16')[precision])).eps
+    assert (logits(merged, tok3)-wanted).abs().max() < 4*eps*wanted.abs().max()
+    assert set(done.distance) == {'base', 'half'} | ({'dequantized'} if adapter == 'qlora' else set())
+    assert done.distance[done.route] < 1e-4
+    moved,error = zip(*done.survival.values())
+    assert len(moved) == 14 and .5 < min(moved) <= max(moved) <= 1 and 0 < max(error) < .5
+    if adapter == 'qlora': assert done.distance['dequantized'] < done.distance['base']/10
+
+def test_small_changes_are_lost_in_16_bits(tmp_path):
+    base = base_folder(tmp_path/'base', dtype=torch.bfloat16)
+    tok = load_tokenizer(base)
+    for std in (.03, .001):
+        model = load_model(base, tok, 'lora', 'bf16', r=4)
+        shake(model, std)
+        save(model, tok, tmp_path/'tuned')
+        done = merge(tmp_path/'tuned', tmp_path/'merged', prompts=())
+        moved,error = (sum(x)/len(x) for x in zip(*done.survival.values()))
+        assert (moved > .8 and error < .2) if std > .01 else (moved < .2 and error > .5), (moved, error)
+
+def test_shards_are_kept(tmp_path):
+    base = base_folder(tmp_path/'base', shard='60KB', template='chatml')
+    tok,model = tuned(tmp_path, base=base)
+    done = merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
+    names = lambda folder: sorted(f.name for f in folder.glob('model*'))
+    assert len(names(base)) > 5 and names(base) == names(tmp_path/'merged')
+    close(logits(load_tuned(tmp_path/'merged')[1], tok), logits(model, tok))
+    from transformers import AutoModelForCausalLM
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path/'merged'), tok), logits(model, tok))
+
+@pytest.mark.parametrize('options', [dict(rank_pattern={'q_proj': 2}), dict(init_lora_weights='pissa')], ids=str)
+def test_other_adapters_are_merged_by_peft(tmp_path, options):
+    tok,model = tuned(tmp_path, **options)
+    wanted = logits(model, tok)
+    assert merge(tmp_path/'tuned', tmp_path/'merged', 'fp32').route == 'peft'
+    close(logits(load_tuned(tmp_path/'merged')[1], tok), wanted)
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    tuned(tmp_path, lora_bias=True)
+    with pytest.raises(FtkitError, match='cannot be merged: Impossible to merge LoRA with `lora_bias=True`'):
+        merge(tmp_path/'tuned', tmp_path/'merged')
+    assert not (tmp_path/'merged').exists()
+    base = base_folder(tmp_path/'other')
+    with pytest.raises(FtkitError, match='no adapter there'): merge(base, tmp_path/'merged')
+
+def test_any_config_of_peft(tmp_path):
+    from peft import IA3Config
+    base = base_folder(tmp_path/'base', template='chatml')
+    tok = load_tokenizer(base)
+    model = load_model(base, tok, config=IA3Config(task_type='CAUSAL_LM'))
+    shake(model)
+    save(model, tok, tmp_path/'tuned')
+    torch.testing.assert_close(logits(load_tuned(tmp_path/'tuned')[1], tok), logits(model, tok), atol=0, rtol=0)
+    merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
+    close(logits(load_tuned(tmp_path/'merged')[1], tok), logits(model, tok))
