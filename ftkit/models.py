@@ -13,11 +13,12 @@ __all__ = ['ROUTES', 'PROMPTS', 'load_tokenizer', 'grow_embeddings', 'modules_to
            'check_gradients', 'save', 'load_tuned', 'kl', 'Merged', 'merge']
 
 # %% ../nbs/22_models.ipynb #602b2592
-import json, logging, shutil
+import json, logging, math, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from .core import FtkitError, device, need, no_bars
+from .core import FtkitError, device, need, no_bars, progress
 from .chat import render, set_template, stop_ids, template_ids
 from .mask import prompt_ids
 from .tiny import base
@@ -293,6 +294,10 @@ def _whole(folder):
     finally:
         for left in (tmp, old): shutil.rmtree(left, ignore_errors=True)
 
+def _generation(tok):
+    from transformers import GenerationConfig
+    return GenerationConfig(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)
+
 def _write_chat(tok, generation, folder, **record):
     "What a chat needs besides weights"
     chat = [dict(role='user', content='What is 2 + 2?')]
@@ -420,7 +425,7 @@ def _changes(folder):
 # %% ../nbs/22_models.ipynb #13db8e4a
 ROUTES = 'base', 'dequantized', 'half'
 
-def _new_weight(weight, change, dtype, route, kept=None, step=2**24):
+def _new_weight(weight, change, dtype, route, kept=None, step=2**22):
     "The changed weight, rounded once; `kept` collects (should move, moved, squared rounding, squared change)"
     import torch
     from ftkit.nf4 import dequantize, quantize
@@ -436,18 +441,77 @@ def _new_weight(weight, change, dtype, route, kept=None, step=2**24):
     return new
 
 # %% ../nbs/22_models.ipynb #2a5abd2e
+class _Shards:
+    "The files of a base, and its weights with an adapter folded in, one at a time"
+    def __init__(self, name, tok, dtype, changes):
+        from huggingface_hub import snapshot_download
+        from safetensors import safe_open
+        source = _source(name)
+        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=['*.json', '*.safetensors']))
+        _checked(folder)
+        self.config,self.dtype,self.changes,self.size,self.files,self.at = _config(name, source, False),dtype,changes,len(tok),{},{}
+        text = self.config.get_text_config()
+        text.vocab_size = max(text.vocab_size, len(tok))
+        model = self.empty()
+        first,head = self.ends = [next(f'{n}.weight' for n,m in model.named_modules() if m is end)
+                                  for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        for path in sorted(folder.glob('*.safetensors')):
+            with safe_open(path, 'pt') as f: self.files[path.name] = {n: f.get_slice(n).get_shape() for n in f.keys()}
+            self.at |= {n: (path, n) for n in self.files[path.name]}
+        for shapes in self.files.values():
+            for n in {first, head} & {*shapes}: shapes[n][0] = max(shapes[n][0], self.size)
+            if self.config.tie_word_embeddings: shapes.pop(head, None)
+        self.shared = {head: first} if self.config.tie_word_embeddings else {}
+        if not self.shared: return
+        self.at[head] = self.at.get(first)
+        if any(isinstance(changes.get(n.removesuffix('.weight')), _Change) for n in self.ends):
+            file = self.files[self.at[first][0].name]
+            file[head],self.shared,self.config.tie_word_embeddings = file[first],{},False
+
+    def empty(self):
+        "The model without weights"
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+        with init_empty_weights(include_buffers=False): return AutoModelForCausalLM.from_config(self.config)
+
+    def tensor(self, name, dtype, route, survival=None):
+        "One weight, changed; `survival` collects (share of the numbers that move, rounding as share of the change)"
+        import torch
+        from safetensors import safe_open
+        name = self.shared.get(name, name)
+        path,key = self.at[name]
+        with safe_open(path, 'pt') as f: weight = f.get_tensor(key)
+        if not weight.is_floating_point(): return weight
+        weight,missing = weight.to(self.dtype),self.size-len(weight) if name in self.ends else 0
+        if missing > 0: weight = torch.cat([weight, weight.mean(0).expand(missing, -1)])
+        change,kept = self.changes.get(name.removesuffix('.weight')),torch.zeros(4, dtype=torch.float64)
+        if change is None: return weight.to(dtype)
+        new = _new_weight(weight, change, dtype, route, kept)
+        should,moved,lost,all_ = kept.tolist()
+        if survival is not None and isinstance(change, _Change): survival[name] = moved/max(should, 1), (lost/max(all_, 1e-45))**.5
+        return new
+
+# %% ../nbs/22_models.ipynb #20f73a8a
 PROMPTS = ('What is the capital of France?', 'Write a short poem about rain.', 'Explain why the sky is blue.',
            'Translate "good morning" into Spanish.', 'What is 17 + 25?', 'Name three animals that live in the sea.')
 
-def _predictions(model, tok, prompts):
-    "Log-probabilities at every token of some prompts, in 32 bits"
+def _predictions(model, tok, prompts, tensor):
+    "Log-probabilities at every token of some prompts; `tensor` gives a weight by its name"
     import torch
-    device,out = next(model.parameters()).device,[]
-    for prompt in prompts:
-        chat = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-        with torch.no_grad(): logits = model(input_ids=torch.tensor([prompt_ids(tok, chat)], device=device)).logits[0]
-        out.append(logits.float().log_softmax(-1).cpu())
-    return torch.cat(out)
+    from ftkit.pack import Collator
+    def load(module, args, name, own):
+        for n in own: setattr(module, n, torch.nn.Parameter(tensor(f'{name}.{n}').float(), False))
+    def drop(module, args, out, own):
+        for n in own: setattr(module, n, torch.nn.Parameter(torch.empty(0, device='meta'), False))
+    for name,module in model.named_modules():
+        own = [n for n,_ in module.named_parameters(recurse=False)]
+        if not own: continue
+        module.register_forward_pre_hook(partial(load, name=name, own=own))
+        module.register_forward_hook(partial(drop, own=own))
+    chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
+    batch = Collator(tok)([dict(input_ids=prompt_ids(tok, chat)) for chat in chats])
+    with torch.no_grad(): logits = model.eval()(**batch, use_cache=False).logits
+    return logits[batch['attention_mask'].bool()].log_softmax(-1)
 
 def kl(a, # log-probabilities, (tokens, vocabulary)
        b  # the same of another model
@@ -455,28 +519,20 @@ def kl(a, # log-probabilities, (tokens, vocabulary)
     "How far the predictions of b are from those of a"
     return (a.exp()*(a-b)).sum(-1).mean().item()
 
-def _merged_model(name, tok, trained, changes, dtype, route):
-    "The base with changed weights, in memory"
+def _distances(shards, tok, prompts, dtype, routes):
+    "dict of route -> KL from the model that was trained; {} if the file does not name weights as the model does"
     import torch
-    model,_ = _base(name, tok, trained)
-    layers,tied = dict(model.named_modules()),model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    new = {m: _new_weight(layers[m].weight.detach(), change, dtype, route) for m,change in changes.items()}
-    for m,weight in new.items(): layers[m].weight = torch.nn.Parameter(weight, requires_grad=False)
-    if tied and not _untied(changes, model): model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return model.to(dtype).eval()
-
-def _untied(changes, model):
-    "Does the adapter change embedding or head as two matrices?"
-    ends = [next(n for n,m in model.named_modules() if m is end)
-            for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-    return any(isinstance(changes.get(n), _Change) for n in ends)
+    if any(n not in shards.at for n,_ in shards.empty().named_parameters()): return {}
+    exact = partial(shards.tensor, dtype=torch.float32, route=routes[-2]) # what training saw, not rounded
+    wanted = _predictions(shards.empty(), tok, prompts, exact)
+    return {r: kl(wanted, _predictions(shards.empty(), tok, prompts, partial(shards.tensor, dtype=dtype, route=r))) for r in routes}
 
 # %% ../nbs/22_models.ipynb #8d0b8613
 _NAMES = dict(float32='F32', float16='F16', bfloat16='BF16', float64='F64', int64='I64', int32='I32', int8='I8', uint8='U8', bool='BOOL')
 
 def _write_tensors(path, shapes, tensor):
     "Write a safetensors file of {name: (dtype, shape)}, asking for one tensor at a time"
-    import math, torch
+    import torch
     header,end = dict(__metadata__=dict(format='pt')),0
     for name,(dtype,shape) in shapes.items():
         start,end = end,end + math.prod(shape)*dtype.itemsize
@@ -488,37 +544,6 @@ def _write_tensors(path, shapes, tensor):
         for name in shapes: f.write(tensor(name).contiguous().flatten().view(torch.uint8).numpy())
 
 # %% ../nbs/22_models.ipynb #4128a2b5
-class _Shards:
-    "The weights of a model on disk, one at a time, as training saw them: its precision, the embedding grown to the tokenizer"
-    def __init__(self, name, tok, dtype):
-        import torch
-        from huggingface_hub import snapshot_download
-        from safetensors import safe_open
-        from transformers import AutoModelForCausalLM
-        source = _source(name)
-        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=['*.json', '*.safetensors']))
-        _checked(folder)
-        self.config,self.dtype,self.size,self.files,self.at = _config(name, source, False),dtype,len(tok),{},{}
-        with torch.device('meta'): self.model = AutoModelForCausalLM.from_config(self.config)
-        ends = self.model.get_input_embeddings(),self.model.get_output_embeddings()
-        self.ends = [f'{n}.weight' for end in ends for n,m in self.model.named_modules() if m is end]
-        for path in sorted(folder.glob('*.safetensors')):
-            with safe_open(path, 'pt') as f: self.files[path.name] = {n: f.get_slice(n).get_shape() for n in f.keys()}
-            self.at |= dict.fromkeys(self.files[path.name], path)
-        for shapes in self.files.values():
-            for n in self.ends:
-                if n in shapes: shapes[n][0] = max(shapes[n][0], self.size)
-
-    def __contains__(self, name): return name in self.at
-    def __getitem__(self, name):
-        import torch
-        from safetensors import safe_open
-        with safe_open(self.at[name], 'pt') as f: weight = f.get_tensor(name)
-        if weight.is_floating_point(): weight = weight.to(self.dtype)
-        if name not in self.ends or len(weight) >= self.size: return weight
-        return torch.cat([weight, weight.mean(0).expand(self.size-len(weight), -1)])
-
-# %% ../nbs/22_models.ipynb #3f78a9d8
 @dataclass
 class Merged:
     "A merged model, and what merging it cost"
@@ -529,17 +554,17 @@ class Merged:
     survival: dict = field(default_factory=dict) # layer -> (share of its weights that move, rounding as share of the change)
 
     def __repr__(self):
-        said = [f"merged in {self.precision} by route '{self.route}' into {self.folder}"]
+        said = [f"merged in {self.precision} by route '{self.route}'"]
         if self.distance: said.append('KL from the adapter: ' + ', '.join(f'{r} {d:.2g}' for r,d in self.distance.items()))
         if self.survival:
             moved,error = (sum(x)/len(x) for x in zip(*self.survival.values()))
             least = min(self.survival, key=lambda m: self.survival[m][0])
-            said.append(f'{moved:.0%} of the weights move, rounding is {error:.0%} of the change; least in {least}: '
+            said.append(f'{moved:.0%} of the weights move, rounding is {error:.0%} of the change; fewest move in {least}: '
                         f'{self.survival[least][0]:.0%}')
         return '\n'.join(said)
 
 # %% ../nbs/22_models.ipynb #5e3a678b
-def _with_peft(folder, record, name, tok, precision, tmp):
+def _with_peft(folder, name, tok, precision, tmp):
     "Let PEFT merge, in memory"
     model,_ = _base(name, tok, precision)
     try: model = _with_adapter(model, folder).merge_and_unload(safe_merge=True)
@@ -548,28 +573,14 @@ def _with_peft(folder, record, name, tok, precision, tmp):
     model.save_pretrained(tmp)
     return model.config
 
-def _write_merged(shards, changes, dtype, route, tmp):
+def _write_merged(shards, dtype, route, tmp):
     "Write the changed weights shard by shard; per layer what survived"
-    import torch
-    survival,n = {},sum(map(len, shards.files.values()))
-    untied = _untied(changes, shards.model)
-    if untied and shards.ends[1] not in shards: # a head of its own now
-        shards.files[next(iter(shards.files))][shards.ends[1]] = shards.files[shards.at[shards.ends[0]].name][shards.ends[0]]
-        shards.at[shards.ends[1]] = shards.at[shards.ends[0]]
-    def tensor(name):
-        key = shards.ends[0] if untied and name == shards.ends[1] and shards.config.tie_word_embeddings else name
-        weight,change,kept = shards[key],changes.get(name.removesuffix('.weight')),torch.zeros(4, dtype=torch.float64)
-        if change is None: return weight.to(dtype) if weight.is_floating_point() else weight
-        new = _new_weight(weight, change, dtype, route, kept)
-        should,moved,lost,all_ = kept.tolist()
-        if isinstance(change, _Change): survival[name] = moved/max(should, 1), (lost/all_)**.5 if all_ else 0.
-        return new
-    for file,shapes in shards.files.items():
-        _write_tensors(tmp/file, {name: (dtype, shape) for name,shape in shapes.items()}, tensor)
+    survival,tensor = {},partial(shards.tensor, dtype=dtype, route=route)
+    for file,shapes in progress(shards.files.items(), 'merging'): _write_tensors(
+        tmp/file, {name: (dtype, shape) for name,shape in shapes.items()}, partial(tensor, survival=survival))
     if len(shards.files) > 1:
         where = {name: file for file,shapes in shards.files.items() for name in shapes}
         (tmp/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=where)))
-    shards.config.tie_word_embeddings &= not untied
     return survival
 
 def merge(run,             # folder of a run, or of an adapter
@@ -585,24 +596,17 @@ def merge(run,             # folder of a run, or of an adapter
     if route not in (None, *ROUTES): raise FtkitError(f"route '{route}' is unknown: use {', '.join(ROUTES)}")
     precision = precision or ('fp16' if record.get('precision') == 'fp16' else 'bf16')
     tok,name,dtype,changes = load_tokenizer(folder),base or _base_of(folder, record),_dtype(precision),_changes(folder)
-    trained = record.get('precision', precision)
-    shards = _Shards(name, tok, _dtype(trained))
+    shards = _Shards(name, tok, _dtype(record.get('precision', precision)), changes or {})
     routes = ['base'] + ['dequantized']*(record.get('adapter') == 'qlora') + ['half']
     done = Merged(Path(out), precision, 'peft')
-    if changes is not None and all(m+'.weight' in shards or m+'.weight' in shards.ends for m in changes):
-        if prompts: wanted = _predictions(load_tuned(folder, base=base)[1], tok, prompts)
-        for r in routes if prompts else (): done.distance[r] = kl(
-            wanted, _predictions(_merged_model(name, tok, trained, changes, dtype, r), tok, prompts))
+    if changes is not None and all(m+'.weight' in shards.at for m in changes):
+        if prompts: done.distance = _distances(shards, tok, prompts, dtype, routes)
         done.route = route or min(routes[:-1], key=lambda r: done.distance.get(r, -routes.index(r)))
     with _whole(out) as tmp:
-        if done.route == 'peft': config = _with_peft(folder, record, name, tok, precision, tmp)
-        else: done.survival,config = _write_merged(shards, changes, dtype, done.route, tmp),shards.config
-        config.dtype,config.vocab_size = dtype,max(config.vocab_size, len(tok))
+        if done.route == 'peft': config = _with_peft(folder, name, tok, precision, tmp)
+        else: done.survival,config = _write_merged(shards, dtype, done.route, tmp),shards.config
+        config.dtype = dtype
         config.save_pretrained(tmp)
         _write_chat(tok, _generation(tok), tmp, model=str(name), adapter=None, precision=precision)
     print(done)
     return done
-
-def _generation(tok):
-    from transformers import GenerationConfig
-    return GenerationConfig(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)
