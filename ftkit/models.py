@@ -358,7 +358,7 @@ def _run_folder(folder):
 def _base_of(folder, record):
     "The model an adapter was trained on; the embedded one stands elsewhere on every machine, so it is found by name"
     if record.get('model') == 'embedded': return 'embedded'
-    name = json.loads((folder/'adapter_config.json').read_text()).get('base_model_name_or_path')
+    name = json.loads((folder/'adapter_config.json').read_text()).get('base_model_name_or_path') or record.get('model')
     if not name: raise FtkitError(f'{folder}: does not say which model it was trained on: give it as base')
     return name
 
@@ -425,7 +425,7 @@ def _changes(folder):
 # %% ../nbs/22_models.ipynb #13db8e4a
 ROUTES = 'base', 'dequantized', 'half'
 
-def _new_weight(weight, change, dtype, route, kept=None, step=2**22):
+def _new_weight(weight, change, dtype, route, kept=None, step=2**18):
     "The changed weight, rounded once; `kept` collects (should move, moved, squared rounding, squared change)"
     import torch
     from ftkit.nf4 import dequantize, quantize
