@@ -216,6 +216,8 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
     if r < 1: raise FtkitError(f'r={r}: the rank of an adapter must be at least 1')
     if adapter not in ('lora', 'qlora', 'full', None): raise FtkitError(
         f"adapter '{adapter}' is unknown: use lora, qlora, full or None")
+    if precision not in ('fp32', 'fp16', 'bf16'): raise FtkitError(
+        f"precision '{precision}' is unknown: use fp32, fp16 or bf16")
     if engine not in ('hf', 'unsloth'): raise FtkitError(f"engine '{engine}' is unknown: use hf or unsloth")
     if engine == 'unsloth': model = _unsloth(name, tok, adapter, precision, r, alpha, dropout, target_modules, seed)
     else: model,new = _base(name, tok, 'fp32' if adapter == 'full' else precision, adapter == 'qlora', attention,
