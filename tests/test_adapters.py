@@ -189,3 +189,42 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, what):
     assert 'FtkitError' in run.stdout and 'cannot be written' in run.stdout and 'nothing was saved' in run.stdout
     assert {f: f.read_bytes() for f in (tmp_path/'tuned').iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ['tuned']
+
+def learn(model, tok, steps=60, lr=2e-2):
+    "Learn one answer by heart, with the token that ends it"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
+    model.train()
+    for _ in range(steps):
+        loss = model(**batch(tok)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+def answer(model, tok):
+    "(text, did it stop by itself?)"
+    from ftkit.mask import prompt_ids
+    ids = torch.tensor([prompt_ids(tok, ROW[:1])])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)[0, ids.shape[1]:].tolist()
+    stops = model.generation_config.eos_token_id
+    return tok.decode(out, skip_special_tokens=True), out[-1] in (stops if isinstance(stops, list) else [stops]) and len(out) < 20
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+@pytest.mark.parametrize('kind', ['lora', 'dora', 'qlora', 'full'])
+def test_it_stops_at_the_end_of_its_turn(tmp_path, kind, precision, tied):
+    "Tuned, saved, loaded and merged; the tokenizer does not know the template's tokens, so the embedding grows"
+    base = base_folder(tmp_path/'base', tied)
+    tok = load_tokenizer(base)
+    model = load_model(base, tok, **dict(adapter='lora', r=4) | KINDS[kind], precision=precision)
+    assert not answer(model, tok)[1], 'before, it does not stop'
+    learn(model, tok, lr=2e-3 if kind == 'full' else 2e-2)
+    save(model, tok, tmp_path/'tuned')
+    tok2,again = load_tuned(tmp_path/'tuned')
+    assert answer(model, tok) == answer(again, tok2) == ('4', True)
+    if kind == 'full': return
+    merge(tmp_path/'tuned', tmp_path/'merged')
+    tok3,merged = load_tuned(tmp_path/'merged')
+    assert answer(merged, tok3) == ('4', True)
+    from transformers import AutoModelForCausalLM
+    assert answer(AutoModelForCausalLM.from_pretrained(tmp_path/'merged'), tok3) == ('4', True)
