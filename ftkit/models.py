@@ -144,9 +144,13 @@ def _base(name, tok, precision, quantize=False, attention=None, remote_code=Fals
         f'{name}: {len(missing)} weights are missing, such as {missing[0]}: the download is not whole')
     for layer in model.modules():
         if hasattr(layer, 'support_avx512bf16_for_cpu'): layer.support_avx512bf16_for_cpu = False
+    return model, _ready(model, tok)
+
+def _ready(model, tok):
+    "Make room for new tokens, and let generation stop where the template does; ids of the new tokens"
     new = grow_embeddings(model, tok)
     model.generation_config.update(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)
-    return model, new
+    return new
 
 # %% ../nbs/22_models.ipynb #b059d30d
 def modules_to_train(model, # causal language model
@@ -158,42 +162,40 @@ def modules_to_train(model, # causal language model
     if not model.config.get_text_config().tie_word_embeddings: layers.append(model.get_output_embeddings())
     return {name.rsplit('.', 1)[-1]: ids for name,module in model.named_modules() if any(module is l for l in layers)}
 
-# %% ../nbs/22_models.ipynb #ec132441
-def _adapted(model, config, seed):
-    import torch
-    from peft import get_peft_model
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try: return get_peft_model(model, config)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as e:
-            raise FtkitError(f'this adapter does not go with this model: {_first(e)}') from e
-
-def _lora_config(config, rows, **options):
-    from peft import LoraConfig
-    if config is not None: return config
-    try: return LoraConfig(task_type='CAUSAL_LM', **dict(trainable_token_indices=rows or None) | options)
-    except (TypeError, ValueError) as e: raise FtkitError(f'an option of the adapter is wrong: {_first(e)}') from e
-
 # %% ../nbs/22_models.ipynb #e10f7a6b
-def _unsloth(name, tok, adapter, precision, r, alpha, dropout, targets, seed):
-    "Model and adapter from Unsloth"
-    if adapter not in ('lora', 'qlora'): raise FtkitError(f"engine 'unsloth' is for lora and qlora, not for {adapter}")
+def _unsloth():
     try: from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError, RuntimeError) as e: raise FtkitError(
         "`unsloth` is missing or finds no GPU: pip install -c constraints-unsloth.txt 'ftkit[unsloth]', in an environment "
         f'of its own ({_first(e)})') from e
-    model,_ = FastLanguageModel.from_pretrained(_source(name), dtype=_dtype(precision), load_in_4bit=adapter == 'qlora')
-    new = grow_embeddings(model, tok)
-    if unknown := {*new, *template_ids(tok)}: raise FtkitError(
-        f"engine 'unsloth' trains no single rows of the embedding, and {len(unknown)} tokens are new to this model: take "
-        "one that knows its template, or engine='hf'")
-    model = FastLanguageModel.get_peft_model(model, r=r, lora_alpha=alpha, lora_dropout=dropout, random_state=seed,
-        target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
-        if targets == 'all-linear' else targets)
-    model.generation_config.update(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id)
-    return model
+    return FastLanguageModel
+
+def _unsloth_base(name, tok, precision, quantize):
+    model,_ = _unsloth().from_pretrained(_source(name), dtype=_dtype(precision), load_in_4bit=quantize)
+    return model, _ready(model, tok)
 
 # %% ../nbs/22_models.ipynb #599c13e1
+def _adapted(model, tok, new, engine, config, seed, **options):
+    "The model with an adapter, and with trained rows for tokens it does not know"
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from ftkit.lora import lora_targets
+    rows = modules_to_train(model, sorted({*new, *template_ids(tok)})) if config is None else {}
+    options = dict(trainable_token_indices=rows or None) | options
+    for module,ids in (options['trainable_token_indices'] or {}).items(): print(
+        f'{len(ids)} tokens of {module} are new to the model: they are trained and saved with the adapter')
+    try:
+        if engine == 'unsloth':
+            if options['target_modules'] == 'all-linear':
+                options['target_modules'] = sorted({n.rsplit('.', 1)[-1] for n in lora_targets(model)})
+            return _unsloth().get_peft_model(model, random_state=seed, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, config or LoraConfig(task_type='CAUSAL_LM', **options))
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as e:
+        raise FtkitError(f'this adapter does not go with this model: {_first(e)}') from e
+
+# %% ../nbs/22_models.ipynb #68237fad
 def load_model(name,             # a Hub id, a folder, or 'embedded'
                tok,              # its tokenizer, from `load_tokenizer`
                adapter='lora',   # or 'qlora': the base in 4 bits; 'full': train every weight; None: as it is
@@ -212,27 +214,25 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
               ):                 # model on the CPU or the first GPU
     "Load a model ready for training, and say in one line what it is; trained weights are always in 32 bits"
     import torch
-    precision,alpha = precision or _precision(),alpha or 2*r
+    precision,tuned = precision or _precision(),adapter in ('lora', 'qlora')
+    known = dict(adapter=(adapter, 'lora, qlora, full or None'), precision=(precision, 'fp32, fp16 or bf16'),
+                 engine=(engine, 'hf or unsloth'))
+    for what,(value,allowed) in known.items():
+        if str(value) not in allowed.replace(' or', ',').split(', '): raise FtkitError(
+            f"{what} '{value}' is unknown: use {allowed}")
     if r < 1: raise FtkitError(f'r={r}: the rank of an adapter must be at least 1')
-    if adapter not in ('lora', 'qlora', 'full', None): raise FtkitError(
-        f"adapter '{adapter}' is unknown: use lora, qlora, full or None")
-    if precision not in ('fp32', 'fp16', 'bf16'): raise FtkitError(
-        f"precision '{precision}' is unknown: use fp32, fp16 or bf16")
-    if engine not in ('hf', 'unsloth'): raise FtkitError(f"engine '{engine}' is unknown: use hf or unsloth")
-    if engine == 'unsloth': model = _unsloth(name, tok, adapter, precision, r, alpha, dropout, target_modules, seed)
+    if engine == 'unsloth' and not tuned: raise FtkitError("engine 'unsloth' is for lora and qlora: take 'hf'")
+    if engine == 'unsloth': model,new = _unsloth_base(name, tok, precision, adapter == 'qlora')
     else: model,new = _base(name, tok, 'fp32' if adapter == 'full' else precision, adapter == 'qlora', attention,
                             remote_code, pickles)
-    if adapter == 'full' and getattr(model, 'is_quantized', False): raise FtkitError(
+    quantized = getattr(model, 'is_quantized', False)
+    if quantized and adapter == 'full': raise FtkitError(
         f"{name}: its weights are quantised and cannot be trained: adapter='lora', or take the model in 16 bits")
-    if adapter in ('lora', 'qlora') and engine == 'hf':
-        if getattr(model, 'is_quantized', False): model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        rows = modules_to_train(model, sorted({*new, *template_ids(tok)})) if config is None else {}
-        for module,ids in rows.items(): print(f'{len(ids)} tokens of {module} are new to the model: they are trained '
-                                              'and saved with the adapter')
-        model = _adapted(model, _lora_config(config, rows, **dict(r=r, lora_alpha=alpha, lora_dropout=dropout,
-                                             target_modules=target_modules) | peft), seed)
+    if quantized and engine == 'hf': model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if tuned: model = _adapted(model, tok, new, engine, config, seed, **dict(
+        r=r, lora_alpha=alpha or 2*r, lora_dropout=dropout, target_modules=target_modules) | peft)
     if adapter is None: model.requires_grad_(False)
-    if torch.cuda.is_available() and not getattr(model, 'is_quantized', False): model = model.cuda()
+    if torch.cuda.is_available() and not quantized: model = model.cuda()
     model.ftkit = dict(model=str(name), adapter=adapter, precision=precision) # what `save` must remember
     print(describe(model))
     return model

@@ -60,9 +60,10 @@ def test_saved_and_loaded_to_equal_logits(tmp_path, kind, template, precision):
 def test_options_that_do_not_go_together(tmp_path):
     tok = load_tokenizer(base_folder(tmp_path/'base', template='chatml'))
     for options,says in ((dict(adapter='qlora', init_lora_weights='pissa'), 'does not go with this model: Please initialize PiSSA'),
-                         (dict(use_doras=True), 'an option of the adapter is wrong: .*use_doras'), (dict(r=0), 'r=0'),
+                         (dict(use_doras=True), 'does not go with this model: .*use_doras'), (dict(r=0), 'r=0'),
                          (dict(target_modules=['query']), 'Target modules'), (dict(engine='jax'), "engine 'jax' is unknown"),
-                         (dict(adapter='loro'), "adapter 'loro' is unknown"), (dict(precision='fp8'), "precision 'fp8' is unknown")):
+                         (dict(adapter='loro'), "adapter 'loro' is unknown"), (dict(precision='fp8'), "precision 'fp8' is unknown: use fp32, fp16 or bf16"),
+                         (dict(engine='unsloth', adapter='full'), 'is for lora and qlora'), (dict(engine='unsloth'), 'in an environment of its own')):
         with pytest.raises(FtkitError, match=says): load_model(tmp_path/'base', tok, **options)
 
 def test_a_quantised_base_is_not_tuned_in_full(tmp_path):
