@@ -24,7 +24,8 @@ def main(millions='100', threads='1'):
     for dtype in (torch.float32, torch.bfloat16):
         w = weight.to(dtype)
         ours,(theirs,state) = quantize(w, double=True),BF.quantize_4bit(w, quant_type='nf4', compress_statistics=True)
-        assert torch.equal(ours.codes, theirs.flatten()) and torch.equal(dequantize(ours), BF.dequantize_4bit(theirs, state))
+        assert torch.equal(ours.codes, theirs.flatten())
+        assert torch.equal(dequantize(ours), BF.dequantize_4bit(theirs, state))
         jobs = dict(quantize=(lambda: quantize(w, double=True),
                               lambda: BF.quantize_4bit(w, quant_type='nf4', compress_statistics=True)),
                     dequantize=(lambda: dequantize(ours), lambda: BF.dequantize_4bit(theirs, state)))

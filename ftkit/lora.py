@@ -10,7 +10,7 @@ Docs: https://ftkit.github.io/ftkit/lora.html.md"""
 
 # %% auto #0
 __all__ = ['LoRA', 'LoRALayer', 'LoRALinear', 'LoRAEmbedding', 'Rows', 'RowsLayer', 'lora_targets', 'pissa', 'add_lora',
-           'set_adapter', 'lora_layers', 'lora_plus', 'lora_state_dict', 'save_lora', 'load_lora', 'merge_lora',
+           'lora_layers', 'set_adapter', 'lora_plus', 'lora_state_dict', 'save_lora', 'load_lora', 'merge_lora',
            'adapter_rows', 'combine', 'Count', 'count_lora']
 
 # %% ../nbs/20_lora.ipynb #07173784
@@ -63,10 +63,8 @@ class LoRALayer(nn.Module):
     def forward(self, x):
         out = self.base_layer(x)
         if self.rows is None:
-            for name in self.active:
-                if name in self.adapters: out = self.adapted(self.adapters[name], x, out)
-            return out
-        for name in {*self.rows} & {*self.adapters}:
+            for name in self.active: out = self.adapted(self.adapters[name], x, out) if name in self.adapters else out
+        for name in {*(self.rows or ())} & {*self.adapters}:
             own = torch.tensor([i for i,n in enumerate(self.rows) if n == name], device=x.device)
             out = out.index_copy(0, own, self.adapted(self.adapters[name], x[own], out[own]))
         return out
@@ -189,6 +187,7 @@ def _start_at(layer, lora, init):
     layer.base_layer.weight = nn.Parameter(rest.to(base.weight.dtype), requires_grad=False)
     layer.base_layer.bias = base.bias
 
+# %% ../nbs/20_lora.ipynb #627c047f
 def _add_rows(model, ids, adapter):
     "Train rows of embedding and head; one parameter for both where they share a matrix. {last part of name: ids}"
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -202,7 +201,7 @@ def _add_rows(model, ids, adapter):
         if not tied or not out: out[name.rsplit('.', 1)[-1]] = ids
     return out
 
-# %% ../nbs/20_lora.ipynb #627c047f
+# %% ../nbs/20_lora.ipynb #e0779338
 def add_lora(model,                # any model; its layers are wrapped
              r=16,                 # rank
              alpha=None,           # the product is scaled by alpha/r; 2*r by default
@@ -220,7 +219,8 @@ def add_lora(model,                # any model; its layers are wrapped
     if adapter in made: raise FtkitError(f"adapter '{adapter}' is there already: give this one another name")
     if r < 1: raise FtkitError(f'r={r}: the rank of an adapter must be at least 1')
     names,init = lora_targets(model, targets),dict(pissa=pissa).get(init, init)
-    if init and (dora or made): raise FtkitError('init moves a part of the frozen matrix: use it without dora, and first')
+    if init and (dora or made): raise FtkitError(
+        'init moves a part of the frozen matrix: use it without dora, and for the first adapter')
     if not made: model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -233,8 +233,13 @@ def add_lora(model,                # any model; its layers are wrapped
             if init: _start_at(layer, lora, init)
             layer.adapters[adapter] = lora
     rows = _add_rows(model, sorted(tokens), adapter) if tokens else {}
-    made[adapter] = dict(tokens=rows, r=r, alpha=alpha or 2*r, targets=targets, dropout=dropout, rslora=rslora, dora=dora)
+    made[adapter] = dict(r=r, alpha=alpha or 2*r, dropout=dropout, rslora=rslora, dora=dora, tokens=rows)
     return set_adapter(model, adapter)
+
+def lora_layers(model # with adapters
+               ):     # dict of name -> `LoRALayer`
+    "The layers that have adapters"
+    return {n: m for n,m in model.named_modules() if isinstance(m, LoRALayer)}
 
 def set_adapter(model, # with adapters
                 *names # of those to use; none for the model as it was
@@ -246,12 +251,6 @@ def set_adapter(model, # with adapters
         layer.active = list(names)
         for name,lora in layer.adapters.items(): lora.requires_grad_(name in names)
     return model
-
-# %% ../nbs/20_lora.ipynb #e0779338
-def lora_layers(model # with adapters
-               ):     # dict of name -> `LoRALayer`
-    "The layers that have adapters"
-    return {n: m for n,m in model.named_modules() if isinstance(m, LoRALayer)}
 
 # %% ../nbs/20_lora.ipynb #ad6f5309
 def lora_plus(model,           # with adapters
@@ -312,13 +311,15 @@ def save_lora(model,            # with adapters
                   trainable_token_indices=made['tokens'] or None,
                   base_model_name_or_path=getattr(getattr(model, 'config', None), '_name_or_path', None) or None)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n,t in lora_state_dict(model, adapter).items()}, folder/'adapter_model.safetensors')
+    weights = {n: t.contiguous() for n,t in lora_state_dict(model, adapter).items()}
+    save_file(weights, folder/'adapter_model.safetensors')
     (folder/'adapter_config.json').write_text(json.dumps(config, indent=1))
     return folder
 
 # %% ../nbs/20_lora.ipynb #ced477af
-_PEFT = dict(bias='none', fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None, lora_bias=False,
-             layers_to_transform=None, layer_replication=None, target_parameters=None, exclude_modules=None)
+_PEFT = dict(bias='none', fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None,
+             lora_bias=False, layers_to_transform=None, layer_replication=None, target_parameters=None,
+             exclude_modules=None)
 
 def load_lora(model,            # the model it was trained on
               folder,           # what `save_lora` or PEFT wrote
@@ -336,8 +337,8 @@ def load_lora(model,            # the model it was trained on
              tokens=next(iter((config.get('trainable_token_indices') or {}).values()), ()))
     own = lora_state_dict(model, adapter)
     wrong = [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
-    if wrong: raise FtkitError(f"{folder}: made for another model: {len(wrong)} of {len(own)} matrices do not fit, such "
-                               f"as {wrong[0].removeprefix('base_model.model.')}")
+    if wrong: raise FtkitError(f'{folder}: made for another model: {len(wrong)} of {len(own)} matrices do not fit, '
+                               f"such as {wrong[0].removeprefix('base_model.model.')}")
     for n,t in own.items(): t.copy_(weights[n])
     return model
 

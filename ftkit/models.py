@@ -1,8 +1,8 @@
 """Load a model ready to be tuned, save the result whole, load it again to the same logits
 
 `load_tokenizer` and `load_model` prepare a model from the Hub, a folder or the package for fine-tuning with
-LoRA, QLoRA or in full; `check_gradients` finds what would not train, `save` writes everything a chat needs in one step,
-`load_tuned` reads it back, and `merge` folds an adapter into 16-bit weights and says what that costs.
+LoRA, QLoRA or in full; `check_gradients` finds what would not train, `save` writes everything a chat needs in one
+step, `load_tuned` reads it back, and `merge` folds an adapter into 16-bit weights and says what that costs.
 
 Docs: https://ftkit.github.io/ftkit/models.html.md"""
 
@@ -37,8 +37,9 @@ def _source(name):
 def _remote(name, e):
     "Raise for code that comes with a model and was not asked for"
     if 'trust_remote_code' in str(e): raise FtkitError(
-        f'{name}: comes with Python code of its own, which is not run: remote_code=True if you trust its authors') from e
+        f'{name}: comes with Python code of its own, which is not run: remote_code=True if you trust it') from e
 
+# %% ../nbs/22_models.ipynb #b8578af8
 def load_tokenizer(name,              # a Hub id, a folder, or 'embedded'
                    template='chatml', # for a tokenizer that has none
                    remote_code=False  # run Python code that comes with it
@@ -90,7 +91,7 @@ def _checked(folder, pickles=False):
     if not (folder/'config.json').is_file(): raise FtkitError(f'{folder}: no model there: config.json is missing')
     files = sorted(folder.glob('*.safetensors'))
     bad = sorted(f.name for kind in ('*.bin', '*.pt', '*.pth', '*.ckpt') for f in folder.glob(kind))
-    if not files and not bad: raise FtkitError(f'{folder}: no weights there, only a config: download the .safetensors too')
+    if not files and not bad: raise FtkitError(f'{folder}: no weights there: download the .safetensors too')
     if not files and not pickles: raise FtkitError(
         f'{folder}: its weights are pickles ({bad[0]}), which can run any code: convert them to safetensors, or '
         'pickles=True if you trust their authors')
@@ -166,8 +167,8 @@ def modules_to_train(model, # causal language model
 def _unsloth():
     try: from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError, RuntimeError) as e: raise FtkitError(
-        "`unsloth` is missing or finds no GPU: pip install -c constraints-unsloth.txt 'ftkit[unsloth]', in an environment "
-        f'of its own ({_first(e)})') from e
+        "`unsloth` is missing or finds no GPU: pip install -c constraints-unsloth.txt 'ftkit[unsloth]', in an "
+        f'environment of its own ({_first(e)})') from e
     return FastLanguageModel
 
 def _unsloth_base(name, tok, precision, quantize):
@@ -292,7 +293,8 @@ def _whole(folder):
         yield tmp
         if folder.exists(): folder.rename(old)
         tmp.rename(folder)
-    except OSError as e: raise FtkitError(f'{folder}: cannot be written ({e.strerror or _first(e)}): nothing was saved') from e
+    except OSError as e: raise FtkitError(
+        f'{folder}: cannot be written ({e.strerror or _first(e)}): nothing was saved') from e
     finally:
         for left in (tmp, old): shutil.rmtree(left, ignore_errors=True)
 
@@ -303,17 +305,18 @@ def _generation(tok):
 def _write_chat(tok, generation, folder, **record):
     "What a chat needs besides weights"
     chat = [dict(role='user', content='What is 2 + 2?')]
-    prompt = dict(messages=chat, text=render(tok, chat, add_generation_prompt=True), input_ids=list(prompt_ids(tok, chat)))
+    text,ids = render(tok, chat, add_generation_prompt=True),list(prompt_ids(tok, chat))
     generation.save_pretrained(folder)
     tok.save_pretrained(folder)
-    (folder/'prompt.json').write_text(json.dumps(prompt))
+    (folder/'prompt.json').write_text(json.dumps(dict(messages=chat, text=text, input_ids=ids)))
     (folder/'ftkit.json').write_text(json.dumps(record))
 
+# %% ../nbs/22_models.ipynb #da25614b
 def save(model,  # a tuned model
          tok,    # its tokenizer
          folder  # where to; what is there is replaced
         ):       # the folder, as a `Path`
-    "Write adapter (or full weights), tokenizer, template, generation settings and a prompt; raises `FtkitError` when it cannot"
+    "Write adapter or weights, tokenizer, template, generation settings and a prompt; raises `FtkitError` if it cannot"
     from safetensors import SafetensorError
     with _whole(folder) as tmp:
         try: model.save_pretrained(tmp, **(dict(save_embedding_layers=False) if hasattr(model, 'peft_config') else {}))
@@ -328,7 +331,7 @@ def _same_prompt(tok, folder):
     prompt = json.loads((folder/'prompt.json').read_text())
     if prompt['text'] != render(tok, prompt['messages'], add_generation_prompt=True) or (
         prompt['input_ids'] != list(prompt_ids(tok, prompt['messages']))): raise FtkitError(
-        f'{folder}: the tokenizer writes another prompt than when it was saved: was its folder changed, or transformers?')
+        f'{folder}: the tokenizer writes another prompt than when it was saved: was the folder changed, or a library?')
 
 def _with_adapter(model, folder):
     "The model with a saved adapter"
@@ -345,7 +348,7 @@ def _with_adapter(model, folder):
         raise FtkitError(f'{folder}: made for another model: {lines[len(lines) > 1 and "Error(s)" in lines[0]]}') from e
     own = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
     if odd := sorted(own ^ saved): raise FtkitError(
-        f'{folder}: made for another model: {len(odd)} weights do not fit, such as {odd[0].removeprefix("base_model.model.")}')
+        f'{folder}: made for another model: {len(odd)} weights do not fit, such as {odd[0]}')
     return model
 
 # %% ../nbs/22_models.ipynb #b6e1f8b0
@@ -364,6 +367,7 @@ def _base_of(folder, record):
     if not name: raise FtkitError(f'{folder}: does not say which model it was trained on: give it as base')
     return name
 
+# %% ../nbs/22_models.ipynb #4f53393c
 def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the folder of a run that holds it as `adapter`
                precision=None,  # of the base; as it was trained by default
                base=None        # model of an adapter; the one it was trained on by default
@@ -374,7 +378,8 @@ def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the fol
     tok = load_tokenizer(folder)
     _same_prompt(tok, folder)
     precision,quantized = precision or record.get('precision', 'fp32'),record.get('adapter') == 'qlora'
-    if not (folder/'adapter_config.json').exists(): return tok, load_model(folder, tok, adapter=None, precision=precision)
+    whole = not (folder/'adapter_config.json').exists()
+    if whole: return tok, load_model(folder, tok, adapter=None, precision=precision)
     model,_ = _base(base or _base_of(folder, record), tok, precision, quantized)
     model = _with_adapter(model, folder).eval()
     return tok, model.cuda() if torch.cuda.is_available() and not quantized else model
@@ -407,22 +412,26 @@ class _Rows:
 def _changes(folder):
     "dict of module name -> what the adapter does to its weight; None when only PEFT can do it"
     from safetensors.torch import load_file
-    config,weights = json.loads((folder/'adapter_config.json').read_text()),load_file(folder/'adapter_model.safetensors')
+    config = json.loads((folder/'adapter_config.json').read_text())
     if config['peft_type'] != 'LORA': return None
     scale = config['lora_alpha']/(config['r']**.5 if config.get('use_rslora') else config['r'])
-    odd = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'fan_in_fan_out', 'target_parameters', 'layer_replication')
+    more = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'fan_in_fan_out', 'target_parameters',
+            'layer_replication')
+    if any(config.get(k) for k in more): return None
+    if config.get('init_lora_weights') not in (None, True, False, 'gaussian'): return None
     parts,ids,out = {},config.get('trainable_token_indices') or {},{}
-    for name,tensor in weights.items():
+    for name,tensor in load_file(folder/'adapter_model.safetensors').items():
         module,_,kind = name.removeprefix('base_model.model.').partition('.lora_')
         module,_,rows = module.partition('.token_adapter.')
         parts.setdefault(module, {})[rows or kind] = tensor
     for module,p in parts.items():
-        if {*p} == {'trainable_tokens_delta'}: out[module] = _Rows(ids[module.rsplit('.', 1)[-1]], p['trainable_tokens_delta'])
-        elif {*p} == {'embedding_A', 'embedding_B'}: out[module] = _Change(p['embedding_A'], p['embedding_B'], scale, lookup=True)
-        elif {*p} <= {'A.weight', 'B.weight', 'magnitude_vector'} and len(p) > 1: out[module] = _Change(
-            p['A.weight'], p['B.weight'], scale, p.get('magnitude_vector'))
+        delta,pair = p.get('trainable_tokens_delta'),[p.get(f'embedding_{m}') for m in 'AB']
+        if delta is not None: out[module] = _Rows(ids[module.rsplit('.', 1)[-1]], delta)
+        elif {*p} == {'embedding_A', 'embedding_B'}: out[module] = _Change(*pair, scale, lookup=True)
+        elif {*p} in ({'A.weight', 'B.weight'}, {'A.weight', 'B.weight', 'magnitude_vector'}):
+            out[module] = _Change(p['A.weight'], p['B.weight'], scale, p.get('magnitude_vector'))
         else: return None
-    return out if config.get('init_lora_weights', True) in (True, False, 'gaussian') and not any(config.get(k) for k in odd) else None
+    return out
 
 # %% ../nbs/22_models.ipynb #13db8e4a
 ROUTES = 'base', 'dequantized', 'half'
@@ -431,7 +440,8 @@ def _new_weight(weight, change, dtype, route, kept=None, step=2**18):
     "The changed weight, rounded once; `kept` collects (should move, moved, squared rounding, squared change)"
     import torch
     from ftkit.nf4 import dequantize, quantize
-    old = dequantize(quantize(weight, double=True)) if route == 'dequantized' and isinstance(change, _Change) else weight
+    four_bits = route == 'dequantized' and isinstance(change, _Change)
+    old = dequantize(quantize(weight, double=True)) if four_bits else weight
     new,n = torch.empty_like(weight, dtype=dtype),max(1, step//weight[0].numel())
     for a in range(0, len(weight), n):
         some = change.rows(old[a:a+n], a, route == 'half')
@@ -449,18 +459,18 @@ class _Shards:
         from huggingface_hub import snapshot_download
         from safetensors import safe_open
         source = _source(name)
-        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=['*.json', '*.safetensors']))
-        _checked(folder)
-        self.config,self.dtype,self.changes,self.size,self.files,self.at = _config(name, source, False),dtype,changes,len(tok),{},{}
+        if not Path(source).is_dir(): source = snapshot_download(source, allow_patterns=['*.json', '*.safetensors'])
+        _checked(folder := Path(source))
+        self.config,self.dtype,self.changes,self.size = _config(name, source, False),dtype,changes,len(tok)
+        self.files,self.at = {},{} # {file: {name: shape}}, {name: (path, its name there)}
         text = self.config.get_text_config()
         text.vocab_size = max(text.vocab_size, len(tok))
         model = self.empty()
         first,head = self.ends = [next(f'{n}.weight' for n,m in model.named_modules() if m is end)
                                   for end in (model.get_input_embeddings(), model.get_output_embeddings())]
         for path in sorted(folder.glob('*.safetensors')):
-            with safe_open(path, 'pt') as f: self.files[path.name] = {n: f.get_slice(n).get_shape() for n in f.keys()}
-            self.at |= {n: (path, n) for n in self.files[path.name]}
-        for shapes in self.files.values():
+            with safe_open(path, 'pt') as f: shapes = {n: f.get_slice(n).get_shape() for n in f.keys()}
+            self.files[path.name],self.at = shapes,self.at | {n: (path, n) for n in shapes}
             for n in {first, head} & {*shapes}: shapes[n][0] = max(shapes[n][0], self.size)
             if self.config.tie_word_embeddings: shapes.pop(head, None)
         self.shared = {head: first} if self.config.tie_word_embeddings else {}
@@ -490,7 +500,8 @@ class _Shards:
         if change is None: return weight.to(dtype)
         new = _new_weight(weight, change, dtype, route, kept)
         should,moved,lost,all_ = kept.tolist()
-        if survival is not None and isinstance(change, _Change): survival[name] = moved/max(should, 1), (lost/max(all_, 1e-45))**.5
+        if survival is None or not isinstance(change, _Change): return new
+        survival[name] = moved/max(should, 1), (lost/max(all_, 1e-45))**.5
         return new
 
 # %% ../nbs/22_models.ipynb #20f73a8a
@@ -527,10 +538,12 @@ def _distances(shards, tok, prompts, dtype, routes):
     if any(n not in shards.at for n,_ in shards.empty().named_parameters()): return {}
     exact = partial(shards.tensor, dtype=torch.float32, route=routes[-2]) # what training saw, not rounded
     wanted = _predictions(shards.empty(), tok, prompts, exact)
-    return {r: kl(wanted, _predictions(shards.empty(), tok, prompts, partial(shards.tensor, dtype=dtype, route=r))) for r in routes}
+    merged = {r: partial(shards.tensor, dtype=dtype, route=r) for r in routes}
+    return {r: kl(wanted, _predictions(shards.empty(), tok, prompts, tensor)) for r,tensor in merged.items()}
 
 # %% ../nbs/22_models.ipynb #8d0b8613
-_NAMES = dict(float32='F32', float16='F16', bfloat16='BF16', float64='F64', int64='I64', int32='I32', int8='I8', uint8='U8', bool='BOOL')
+_NAMES = dict(float64='F64', float32='F32', float16='F16', bfloat16='BF16', int64='I64', int32='I32', int8='I8',
+              uint8='U8', bool='BOOL')
 
 def _write_tensors(path, shapes, tensor):
     "Write a safetensors file of {name: (dtype, shape)}, asking for one tensor at a time"
@@ -553,16 +566,17 @@ class Merged:
     precision: str
     route: str     # that was taken
     distance: dict = field(default_factory=dict) # route -> KL(adapter || merged), nats a token
-    survival: dict = field(default_factory=dict) # layer -> (share of its weights that move, rounding as share of the change)
+    survival: dict = field(default_factory=dict) # weight -> (share of its numbers that move, rounding / change)
 
     def __repr__(self):
         said = [f"merged in {self.precision} by route '{self.route}'"]
-        if self.distance: said.append('KL from the adapter: ' + ', '.join(f'{r} {d:.2g}' for r,d in self.distance.items()))
+        distances = ', '.join(f'{r} {d:.2g}' for r,d in self.distance.items())
+        if distances: said.append(f'KL from the adapter: {distances}')
         if self.survival:
             moved,error = (sum(x)/len(x) for x in zip(*self.survival.values()))
             least = min(self.survival, key=lambda m: self.survival[m][0])
-            said.append(f'{moved:.0%} of the weights move, rounding is {error:.0%} of the change; fewest move in {least}: '
-                        f'{self.survival[least][0]:.0%}')
+            said.append(f'{moved:.0%} of the weights move, rounding is {error:.0%} of the change; fewest move in '
+                        f'{least}: {self.survival[least][0]:.0%}')
         return '\n'.join(said)
 
 # %% ../nbs/22_models.ipynb #5e3a678b

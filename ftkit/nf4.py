@@ -184,7 +184,8 @@ def quantize_model(model,                # any model; it is changed
                   ):                     # the model
     "Freeze a model and put its linear layers into four bits"
     model.requires_grad_(False)
-    for name in lora_targets(model, targets): model.set_submodule(name, NF4Linear(model.get_submodule(name), kind, double))
+    small = {name: NF4Linear(model.get_submodule(name), kind, double) for name in lora_targets(model, targets)}
+    for name,layer in small.items(): model.set_submodule(name, layer)
     return model
 
 # %% ../nbs/21_nf4.ipynb #14a2f648

@@ -1,6 +1,5 @@
-"Real models: every kind of adapter trains, is saved, loaded and merged right, and what is broken is refused in one line"
+"Real models: every kind of adapter trains, is saved, loaded and merged right; what is broken is refused in one line"
 import json, subprocess, sys
-from pathlib import Path
 import pytest, torch
 from ftkit.core import FtkitError
 from ftkit.mask import encode
@@ -39,7 +38,8 @@ def test_broken_set_ups_are_named(tmp_path):
     layer = model.base_model.model.model.layers[1].mlp.down_proj
     layer.scaling['default'] = 0.
     found = check_gradients(model, batch(tok))
-    assert len(found) == 1 and found[0].endswith('layers.1.mlp.down_proj.lora_B.default.weight is still zero after two steps')
+    says = 'layers.1.mlp.down_proj.lora_B.default.weight is still zero after two steps'
+    assert len(found) == 1 and found[0].endswith(says)
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
 @pytest.mark.parametrize('template', ['chatml', None])
@@ -59,17 +59,22 @@ def test_saved_and_loaded_to_equal_logits(tmp_path, kind, template, precision):
 
 def test_options_that_do_not_go_together(tmp_path):
     tok = load_tokenizer(base_folder(tmp_path/'base', template='chatml'))
-    for options,says in ((dict(adapter='qlora', init_lora_weights='pissa'), 'does not go with this model: Please initialize PiSSA'),
+    for options,says in ((dict(adapter='qlora', init_lora_weights='pissa'),
+                          'does not go with this model: Please initialize PiSSA'),
                          (dict(use_doras=True), 'does not go with this model: .*use_doras'), (dict(r=0), 'r=0'),
-                         (dict(target_modules=['query']), 'Target modules'), (dict(engine='jax'), "engine 'jax' is unknown"),
-                         (dict(adapter='loro'), "adapter 'loro' is unknown"), (dict(precision='fp8'), "precision 'fp8' is unknown: use fp32, fp16 or bf16"),
-                         (dict(engine='unsloth', adapter='full'), 'is for lora and qlora'), (dict(engine='unsloth'), 'in an environment of its own')):
+                         (dict(target_modules=['query']), 'Target modules'),
+                         (dict(engine='jax'), "engine 'jax' is unknown"),
+                         (dict(adapter='loro'), "adapter 'loro' is unknown"),
+                         (dict(precision='fp8'), "precision 'fp8' is unknown: use fp32, fp16 or bf16"),
+                         (dict(engine='unsloth', adapter='full'), 'is for lora and qlora'),
+                         (dict(engine='unsloth'), 'environment of its own')):
         with pytest.raises(FtkitError, match=says): load_model(tmp_path/'base', tok, **options)
 
 def test_a_quantised_base_is_not_tuned_in_full(tmp_path):
     tok = load_tokenizer(base_folder(tmp_path/'base', template='chatml'))
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    four = AutoModelForCausalLM.from_pretrained(tmp_path/'base', quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    four = AutoModelForCausalLM.from_pretrained(tmp_path/'base', quantization_config=four_bit)
     four.save_pretrained(tmp_path/'four')
     tok.save_pretrained(tmp_path/'four')
     with pytest.raises(FtkitError, match='quantised and cannot be trained'): load_model(tmp_path/'four', tok, 'full')
@@ -80,8 +85,8 @@ def test_rows_that_bitsandbytes_misreads_stay_whole(tmp_path, capsys):
     from transformers import LlamaConfig, LlamaForCausalLM
     tok = load_tokenizer(base_folder(tmp_path/'tok', template='chatml'))
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                         vocab_size=260, initializer_range=.1))
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=96, intermediate_size=128, num_hidden_layers=2,
+                                         num_attention_heads=4, vocab_size=260, initializer_range=.1))
     model.save_pretrained(tmp_path/'base')
     tok.save_pretrained(tmp_path/'base')
     four = load_model(tmp_path/'base', tok, 'qlora', r=4)
@@ -105,9 +110,11 @@ def spoiled(tmp_path):
         auto = dict(AutoConfig='own.Config', AutoModelForCausalLM='own.Model')
         (d/'config.json').write_text(json.dumps(config | dict(model_type='own', auto_map=auto)))
         (d/'own.py').write_text('raise SystemExit("code was run")')
-    return {'config.json is missing': lambda d: (d/'config.json').unlink(), 'damaged or cut short': lambda d: cut(d/'model.safetensors'),
+    return {'config.json is missing': lambda d: (d/'config.json').unlink(),
+            'damaged or cut short': lambda d: cut(d/'model.safetensors'),
             'no weights there': lambda d: (d/'model.safetensors').unlink(), 'its weights are pickles': pickle,
-            'comes with Python code of its own': remote, '1 weights are missing, such as model.norm.weight': drop_weight,
+            'comes with Python code of its own': remote,
+            '1 weights are missing, such as model.norm.weight': drop_weight,
             'no model there': lambda d: (d/'config.json').write_text('{"model_type": "llamma"}'),
             'config.json': lambda d: (d/'config.json').write_text('{"model_type": ')}
 
@@ -142,7 +149,8 @@ def test_another_models_adapter_is_refused(tmp_path):
     for name,other in others.items():
         other.save_pretrained(tmp_path/name)
         tok.save_pretrained(tmp_path/name)
-        with pytest.raises(FtkitError, match='made for another model') as e: load_tuned(tmp_path/'tuned', base=tmp_path/name)
+        with pytest.raises(FtkitError, match='made for another model') as e:
+            load_tuned(tmp_path/'tuned', base=tmp_path/name)
         assert '\n' not in str(e.value)
     file = tmp_path/'tuned'/'adapter_model.safetensors'
     file.write_bytes(file.read_bytes()[:-100])
@@ -154,7 +162,8 @@ def test_an_adapter_of_another_vocabulary_is_refused(tmp_path):
     model = load_model(big, tok, r=4, target_modules=['q_proj', 'lm_head'], trainable_token_indices=None)
     save(model, tok, tmp_path/'tuned')
     small = base_folder(tmp_path/'small', vocab=320, template='chatml')
-    with pytest.raises(FtkitError, match='made for another model: size mismatch'): load_tuned(tmp_path/'tuned', base=small)
+    with pytest.raises(FtkitError, match='made for another model: size mismatch'):
+        load_tuned(tmp_path/'tuned', base=small)
 
 def test_a_changed_prompt_is_noticed(tmp_path):
     base = base_folder(tmp_path/'base', template='chatml')
@@ -206,9 +215,11 @@ def answer(model, tok):
     "(text, did it stop by itself?)"
     from ftkit.mask import prompt_ids
     ids = torch.tensor([prompt_ids(tok, ROW[:1])])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)[0, ids.shape[1]:].tolist()
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)
+    out = out[0, ids.shape[1]:].tolist()
     stops = model.generation_config.eos_token_id
-    return tok.decode(out, skip_special_tokens=True), out[-1] in (stops if isinstance(stops, list) else [stops]) and len(out) < 20
+    stopped = out[-1] in (stops if isinstance(stops, list) else [stops]) and len(out) < 20
+    return tok.decode(out, skip_special_tokens=True), stopped
 
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])

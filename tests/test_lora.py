@@ -4,9 +4,8 @@ import pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from ftkit.core import FtkitError
-from ftkit.lora import (LoRA, add_lora, adapter_rows, combine, count_lora, load_lora, lora_layers, lora_plus,
+from ftkit.lora import (add_lora, adapter_rows, combine, count_lora, load_lora, lora_layers, lora_plus,
                         lora_state_dict, merge_lora, save_lora, set_adapter)
-from ftkit.tiny import tiny
 
 IDS = torch.randint(90, (3, 12), generator=torch.Generator().manual_seed(0))
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
@@ -22,7 +21,8 @@ def pair(tied=False, targets=EVERYWHERE, r=4, **kinds):
     options = {names[k]: v for k,v in kinds.items()}
     if 'tokens' in kinds: options['trainable_token_indices'] = {'embed_tokens': kinds['tokens'],
                                                                **({} if tied else {'lm_head': kinds['tokens']})}
-    peft = get_peft_model(llama(tied), LoraConfig(r=r, lora_alpha=8, target_modules=targets, task_type='CAUSAL_LM', **options))
+    config = LoraConfig(r=r, lora_alpha=8, target_modules=targets, task_type='CAUSAL_LM', **options)
+    peft = get_peft_model(llama(tied), config)
     ours = add_lora(llama(tied), r, 8, targets, **kinds)
     g = torch.Generator().manual_seed(1)
     for n,t in lora_state_dict(ours).items():
@@ -105,7 +105,8 @@ def test_folders_go_both_ways(kinds, tmp_path):
 def test_targets_mean_what_they_mean_to_peft(targets):
     ours = add_lora(llama(), 2, targets=targets)
     peft = get_peft_model(llama(), LoraConfig(r=2, target_modules=targets, task_type='CAUSAL_LM'))
-    theirs = {n.removeprefix('base_model.model.') for n,m in peft.named_modules() if hasattr(m, 'lora_A') and len(m.lora_A)}
+    theirs = {n.removeprefix('base_model.model.') for n,m in peft.named_modules()
+              if hasattr(m, 'lora_A') and len(m.lora_A)}
     assert {*lora_layers(ours)} == theirs
 
 @pytest.mark.parametrize('rslora', [False, True])
@@ -113,11 +114,12 @@ def test_pissa_equals_peft_and_fits_the_original(rslora, tmp_path):
     model = llama()
     before,weights = model(IDS).logits,{n: p.detach().clone() for n,p in model.named_parameters()}
     ours = add_lora(model, 4, 8, ['q_proj', 'up_proj'], rslora=rslora, init='pissa')
-    peft = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'up_proj'], use_rslora=rslora,
-                                              init_lora_weights='pissa', task_type='CAUSAL_LM'))
+    peft = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'up_proj'],
+                                              use_rslora=rslora, init_lora_weights='pissa', task_type='CAUSAL_LM'))
     for name,layer in lora_layers(ours).items():
         other = peft.base_model.model.get_submodule(name)
-        torch.testing.assert_close(layer.adapters['default'].product(), other.get_delta_weight('default'), atol=1e-6, rtol=0)
+        change,theirs = layer.adapters['default'].product(),other.get_delta_weight('default')
+        torch.testing.assert_close(change, theirs, atol=1e-6, rtol=0)
         torch.testing.assert_close(layer.weight, other.weight, atol=1e-6, rtol=0)
     torch.testing.assert_close(ours(IDS).logits, before, atol=1e-6, rtol=0)
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=5.)
@@ -217,5 +219,6 @@ def test_half_precision_bases_keep_32_bit_adapters():
         for n,t in lora_state_dict(ours).items(): torch.nn.init.normal_(t, std=.1)
         load_into_peft(peft, lora_state_dict(ours))
         a,b = ours(IDS).logits,peft(IDS).logits
-        assert a.dtype == b.dtype == dtype and {p.dtype for p in ours.parameters() if p.requires_grad} == {torch.float32}
+        assert a.dtype == b.dtype == dtype
+        assert {p.dtype for p in ours.parameters() if p.requires_grad} == {torch.float32}
         torch.testing.assert_close(a, b, atol=4*torch.finfo(dtype).eps, rtol=0)

@@ -1,8 +1,7 @@
 "Merged models: equal to the adapter within the precision, in bounded memory, and they stop"
-import hashlib, json, resource, subprocess, sys, textwrap
-from pathlib import Path
+import hashlib, json, subprocess, sys
 import pytest, torch
-from ftkit.chat import set_template, stop_ids
+from ftkit.chat import set_template
 from ftkit.core import FtkitError
 from ftkit.models import load_model, load_tokenizer, load_tuned, merge, save
 from ftkit.mask import prompt_ids
@@ -50,7 +49,8 @@ def tuned(tmp_path, adapter='lora', precision='fp32', base=None, **options):
 def digest(folder): return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 KINDS = dict(lora={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True),
-             everywhere=dict(target_modules=['q_proj', 'down_proj', 'embed_tokens', 'lm_head'], trainable_token_indices=None))
+             everywhere=dict(target_modules=['q_proj', 'down_proj', 'embed_tokens', 'lm_head'],
+                             trainable_token_indices=None))
 
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('kind', KINDS)
@@ -100,7 +100,7 @@ def test_small_changes_are_lost_in_16_bits(tmp_path):
 def test_shards_are_kept(tmp_path):
     base = base_folder(tmp_path/'base', shard='60KB', template='chatml')
     tok,model = tuned(tmp_path, base=base)
-    done = merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
+    merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
     names = lambda folder: sorted(f.name for f in folder.glob('model*'))
     assert len(names(base)) > 5 and names(base) == names(tmp_path/'merged')
     close(logits(load_tuned(tmp_path/'merged')[1], tok), logits(model, tok))
@@ -148,7 +148,8 @@ from ftkit.chat import set_template
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 if sys.argv[2] == 'make':
     torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16, vocab_size=4096)
+    config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
+                         vocab_size=4096)
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder/'base', max_shard_size='400MB')
     tok = train_tokenizer([])
@@ -176,7 +177,8 @@ def test_a_model_of_2_gb_is_merged_in_little_memory(tmp_path, adapter='lora', pr
     sizes = [f.stat().st_size for f in (tmp_path/'base').glob('*.safetensors')]
     assert sum(sizes) > 2e9 and len(sizes) > 4
     said = json.loads(run('merge', prompts).stdout.split('\n')[-2])
-    print(f"{sum(sizes)/1e9:.2f} GB, largest file {max(sizes)/1e6:.0f} MB: {said['grown']/1e6:.0f} MB more; {said['distance']}")
+    print(f"{sum(sizes)/1e9:.2f} GB, largest file {max(sizes)/1e6:.0f} MB: {said['grown']/1e6:.0f} MB more; "
+          f"{said['distance']}")
     assert said['grown'] < max(sizes) + 500e6
     assert [f.stat().st_size for f in sorted((tmp_path/'merged').glob('*.safetensors'))] == [
         f.stat().st_size for f in sorted((tmp_path/'base').glob('*.safetensors'))]

@@ -1,5 +1,5 @@
 "Four-bit weights equal bitsandbytes: levels, codes, scales, values, LoftQ, and the optimizer in eight bits"
-import inspect, math, warnings
+import inspect, math
 import pytest, torch
 from ftkit.core import FtkitError
 from ftkit.lora import add_lora, lora_layers
@@ -12,12 +12,14 @@ g = torch.Generator().manual_seed(0)
 randn = lambda *shape: torch.randn(*shape, generator=g)
 outlier = randn(64, 128)*.02
 outlier[5, 7] = 1e4
-ADVERSARIAL = dict(normal=randn(256, 512)*.02, zeros=torch.zeros(64, 64), one_zero_block=torch.cat([torch.zeros(64), randn(128)]),
-    outlier=outlier, tiny=randn(100, 64)*1e-30, huge=randn(100, 64)*1e30, denormal=randn(64, 64)*1e-41, equal=torch.full((64, 64), -.3),
+ADVERSARIAL = dict(normal=randn(256, 512)*.02, zeros=torch.zeros(64, 64),
+    one_zero_block=torch.cat([torch.zeros(64), randn(128)]), outlier=outlier, tiny=randn(100, 64)*1e-30,
+    huge=randn(100, 64)*1e30, denormal=randn(64, 64)*1e-41, equal=torch.full((64, 64), -.3),
     on_the_edges=((levels()[1:]+levels()[:-1])/2).repeat(64), odd=randn(37, 41), short=randn(5), one=randn(1),
     zero_end=torch.cat([randn(64), torch.zeros(7)]), large=randn(1000, 1003)*.05)
 
-def same_bits(a, b): return a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
 
 def compare(weight, kind, double):
     ours = quantize(weight, kind, double=double)
@@ -102,7 +104,8 @@ def test_bits_are_measured():
     measured = [round(quantize(weight, double=d).bits, 3) for d in (False, True)]
     assert measured == [4.5, 4.127]
     theirs = BF.quantize_4bit(weight, quant_type='nf4', compress_statistics=True)
-    assert quantize(weight, double=True).nbytes == theirs[0].nbytes + theirs[1].absmax.nbytes + theirs[1].state2.absmax.nbytes + 4
+    nbytes = theirs[0].nbytes + theirs[1].absmax.nbytes + theirs[1].state2.absmax.nbytes + 4
+    assert quantize(weight, double=True).nbytes == nbytes
 
 def test_a_layer_equals_bitsandbytes_layer():
     import bitsandbytes as bnb
@@ -160,5 +163,6 @@ def test_a_quantised_model_holds_four_bits():
     before = sum(p.nbytes for p in model.parameters())
     linear = sum(m.weight.nbytes for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
     quantize_model(model)
-    after = sum(p.nbytes for p in model.parameters()) + sum(m.q.nbytes for m in model.modules() if isinstance(m, NF4Linear))
+    quantised = sum(m.q.nbytes for m in model.modules() if isinstance(m, NF4Linear))
+    after = sum(p.nbytes for p in model.parameters()) + quantised
     assert abs((before-after) - linear*(1-4.2/32)) < linear*.01

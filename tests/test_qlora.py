@@ -1,5 +1,4 @@
 "QLoRA on a CPU: the first tutorial's task with the frozen weights in four bits, and both ways to merge the result"
-import pytest, torch
 from ftkit.core import profile
 from ftkit.evaluate import exact_match
 from ftkit.models import load_model, load_tokenizer, load_tuned, merge
