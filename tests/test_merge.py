@@ -9,15 +9,16 @@ from ftkit.tiny import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CHAT = [dict(role='user', content='Hello there')]
-SIZES = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4)
+SIZES = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128)
 
-def base_folder(folder, tied=True, dtype=torch.float32, vocab=260, shard='5GB', template=None):
+def base_folder(folder, tied=True, dtype=torch.float32, vocab=260, shard='5GB', template=None, heads=4):
     "A random Llama on disk whose tokenizer has no template of its own"
     torch.manual_seed(0)
     tok = train_tokenizer([])
     if template: set_template(tok, template)
     else: tok.chat_template = None
-    config = LlamaConfig(**SIZES, vocab_size=max(vocab, len(tok)), tie_word_embeddings=tied, initializer_range=.1)
+    config = LlamaConfig(**SIZES, num_attention_heads=heads, vocab_size=max(vocab, len(tok)),
+                         tie_word_embeddings=tied, initializer_range=.1)
     model = LlamaForCausalLM(config).to(dtype)
     tok.save_pretrained(folder)
     model.save_pretrained(folder, max_shard_size=shard)
