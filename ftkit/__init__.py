@@ -4,7 +4,7 @@ Modules:
 
 - `ftkit.audit`: Ways to ruin a data set without an error message, each found by name
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
-- `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it
+- `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it, `ftkit merge` makes one model of it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
 - `ftkit.evaluate`: How many held-out questions are answered right
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from

@@ -11,7 +11,7 @@ Docs: https://ftkit.github.io/ftkit/lora.html.md"""
 # %% auto #0
 __all__ = ['LoRA', 'LoRALayer', 'LoRALinear', 'LoRAEmbedding', 'Rows', 'RowsLayer', 'lora_targets', 'pissa', 'add_lora',
            'lora_layers', 'set_adapter', 'lora_plus', 'lora_state_dict', 'save_lora', 'load_lora', 'merge_lora',
-           'adapter_rows', 'combine', 'Count', 'count_lora']
+           'adapter_rows', 'combine', 'Count', 'meta_model', 'count_lora']
 
 # %% ../nbs/20_lora.ipynb #07173784
 import json, math, re
@@ -62,8 +62,8 @@ class LoRALayer(nn.Module):
 
     def forward(self, x):
         out = self.base_layer(x)
-        if self.rows is None:
-            for name in self.active: out = self.adapted(self.adapters[name], x, out) if name in self.adapters else out
+        used = self.active if self.rows is None else ()
+        for name in used: out = self.adapted(self.adapters[name], x, out) if name in self.adapters else out
         for name in {*(self.rows or ())} & {*self.adapters}:
             own = torch.tensor([i for i,n in enumerate(self.rows) if n == name], device=x.device)
             out = out.index_copy(0, own, self.adapted(self.adapters[name], x[own], out[own]))
@@ -127,9 +127,8 @@ class RowsLayer(LoRALayer):
 
     def adapted(self, rows, x, out):
         "The output with the trained rows"
-        new,ids = rows.trainable_tokens_delta,rows.ids
-        if not isinstance(self.base_layer, nn.Embedding):
-            return out.index_copy(-1, ids, F.linear(x.to(new.dtype), new).to(out.dtype))
+        new,ids,head = rows.trainable_tokens_delta,rows.ids,not isinstance(self.base_layer, nn.Embedding)
+        if head: return out.index_copy(-1, ids, F.linear(x.to(new.dtype), new).to(out.dtype))
         new = new[torch.searchsorted(ids, x).clamp(max=len(ids)-1)] * getattr(self.base_layer, 'embed_scale', 1)
         return torch.where(torch.isin(x, ids)[...,None], new.to(out.dtype), out)
 
@@ -410,16 +409,21 @@ class Count(NamedTuple):
 
     def __str__(self): return f'{self.trainable:,} of {self.total:,} ({self.trainable/self.total:.4%}) are trained'
 
-def count_lora(config,               # config of transformers, a dict of one, or a folder or Hub id to read it from
+def meta_model(config # of transformers, a dict of one, or a folder or Hub id to read it from
+              ):      # model
+    "A model with shapes and no numbers"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    if isinstance(config, dict): config = AutoConfig.for_model(**config)
+    if isinstance(config, (str, Path)): config = AutoConfig.from_pretrained(config)
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
+
+def count_lora(config,               # as in `meta_model`, or any model
                r=16,                 # rank
                targets='all-linear', # as in `lora_targets`
                dora=False            # one number for each row more
               ):                     # `Count`
     "Count what an adapter trains, from the config alone"
-    from transformers import AutoConfig, AutoModelForCausalLM
-    if isinstance(config, dict): config = AutoConfig.for_model(**config)
-    if isinstance(config, (str, Path)): config = AutoConfig.from_pretrained(config)
-    with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
+    model = config if isinstance(config, nn.Module) else meta_model(config)
     layers = [model.get_submodule(n) for n in lora_targets(model, targets)]
     outs = [l.embedding_dim if isinstance(l, nn.Embedding) else l.out_features for l in layers]
     trained = sum(r*sum(l.weight.shape) for l in layers) + dora*sum(outs)

@@ -87,7 +87,7 @@ def _write_whole(path, text):
 
 # %% ../nbs/40_train.ipynb #384df0d2
 def _callbacks(path):
-    "`log.jsonl`, always the trainer's own history, which a resumed run restores; and a bar with the losses"
+    "`log.jsonl`, always the trainer's own history, which a resumed run restores; a bar; a look at the first gradients"
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -107,7 +107,14 @@ def _callbacks(path):
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update(state.global_step-self.bar.n)
         def on_train_end(self, args, state, control, **kwargs): self.bar.close()
-    return [Log, Bar]
+
+    class Guard(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if state.global_step: return
+            idle = [n for n,p in model.named_parameters() if p.requires_grad and p.grad is None]
+            if idle: raise FtkitError(
+                f'{len(idle)} trained weights get no gradient, such as {idle[0]}: see check_gradients')
+    return [Log, Bar, Guard]
 
 # %% ../nbs/40_train.ipynb #0e6616ef
 _written = re.compile(r'checkpoint-\d+|(log\.jsonl|adapter)(\.tmp|\.old)?')

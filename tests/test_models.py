@@ -89,6 +89,15 @@ def test_all_rows_of_an_epoch_are_seen_when_steps_follow_from_epochs(tmp_path, m
           per_device_train_batch_size=16)
     assert max(e['step'] for e in read_log(tmp_path/'run')) == 8
 
+def test_a_weight_without_a_gradient_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('IN_TEST', '1')
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.register_forward_hook(lambda layer, args, out: out.detach())
+    with pytest.raises(FtkitError, match='2 trained weights get no gradient, such as .*layers.1.mlp.up_proj.lora_A'):
+        train(model, tok, rows(40), out=tmp_path/'run', max_steps=2, per_device_train_batch_size=16)
+
 def test_unknown_adapter():
     tok = load_tokenizer('embedded')
     with pytest.raises(FtkitError, match='use lora, qlora, full or None'): load_model('embedded', tok, 'loro')
