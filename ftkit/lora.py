@@ -10,8 +10,8 @@ Docs: https://ftkit.github.io/ftkit/lora.html.md"""
 
 # %% auto #0
 __all__ = ['LoRA', 'LoRALayer', 'LoRALinear', 'LoRAEmbedding', 'Rows', 'RowsLayer', 'lora_targets', 'pissa', 'add_lora',
-           'lora_layers', 'set_adapter', 'lora_plus', 'lora_state_dict', 'save_lora', 'load_lora', 'merge_lora',
-           'adapter_rows', 'combine', 'Count', 'meta_model', 'count_lora']
+           'lora_layers', 'remove_lora', 'set_adapter', 'lora_plus', 'lora_state_dict', 'save_lora', 'load_lora',
+           'merge_lora', 'adapter_rows', 'combine', 'Count', 'meta_model', 'count_lora']
 
 # %% ../nbs/20_lora.ipynb #07173784
 import json, math, re
@@ -51,7 +51,9 @@ class LoRA(nn.Module):
 # %% ../nbs/20_lora.ipynb #66fabbd6
 class LoRALayer(nn.Module):
     "A frozen layer with adapters beside it"
-    def __init__(self, base_layer):
+    def __init__(self,
+                 base_layer # it is frozen, and stays as it is
+                ):
         super().__init__()
         self.base_layer,self.adapters,self.active,self.rows = base_layer,nn.ModuleDict(),[],None
 
@@ -137,6 +139,10 @@ class RowsLayer(LoRALayer):
         return matrix.index_copy(0, rows.ids, rows.trainable_tokens_delta)
 
 # %% ../nbs/20_lora.ipynb #bbb04154
+def _matches(pattern, name):
+    try: return re.fullmatch(pattern, name)
+    except re.error as e: raise FtkitError(f"targets '{pattern}' is no pattern: {e}") from e
+
 def lora_targets(model,               # any model
                  targets='all-linear' # or the last parts of names; or one pattern for whole names
                 ):                    # list of module names
@@ -147,13 +153,13 @@ def lora_targets(model,               # any model
     layers = {n: m for n,m in modules.items() if isinstance(m, (nn.Linear, nn.Embedding))}
     if targets == 'all-linear': found = [
         n for n,m in layers.items() if isinstance(m, nn.Linear) and modules[n] is not getattr(head, 'base_layer', head)]
-    elif isinstance(targets, str): found = [n for n in layers if re.fullmatch(targets, n)]
+    elif isinstance(targets, str): found = [n for n in layers if _matches(targets, n)]
     else: found = [n for n in layers if any(n == t or n.endswith('.'+t) for t in targets)]
     missing = [] if isinstance(targets, str) else [
         t for t in targets if not any(n == t or n.endswith('.'+t) for n in found)]
     if missing or not found: raise FtkitError(
         f"no linear layer or embedding is called {', '.join(missing) or targets}; there are "
-        + ', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers})))
+        + (', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers})) or 'none'))
     return found
 
 # %% ../nbs/20_lora.ipynb #d25f2357
@@ -175,16 +181,24 @@ def _wrap(model, name, kind=None):
     if not isinstance(layer, kind): raise FtkitError(f"'{name}' has trained rows: it cannot have a LoRA adapter too")
     return layer
 
+# %% ../nbs/20_lora.ipynb #a21e74eb
+def _with_weight(base, matrix):
+    "A layer like this one with another frozen weight"
+    weight = nn.Parameter(matrix.to(base.weight.dtype), requires_grad=False)
+    if isinstance(base, nn.Linear):
+        new = nn.Linear(base.in_features, base.out_features, device='meta')
+        new.weight,new.bias = weight,base.bias
+        return new
+    base.weight = weight # an embedding, of a class that may scale what it looks up
+    return base
+
 def _start_at(layer, lora, init):
     "Let a layer and its adapter share the frozen matrix in another way"
     a,b,rest = init(layer.matrix(), len(lora.lora_A))
     share = math.sqrt(lora.scaling)
     with torch.no_grad(): lora.lora_A.copy_(a/share), lora.lora_B.copy_(b/share)
     for name in ('A', 'B'): lora.register_buffer(f'start_{name}', getattr(lora, f'lora_{name}').detach().clone(), False)
-    base = layer.base_layer
-    layer.base_layer = nn.Linear(base.in_features, base.out_features, device='meta')
-    layer.base_layer.weight = nn.Parameter(rest.to(base.weight.dtype), requires_grad=False)
-    layer.base_layer.bias = base.bias
+    layer.base_layer = _with_weight(layer.base_layer, rest)
 
 # %% ../nbs/20_lora.ipynb #627c047f
 def _add_rows(model, ids, adapter):
@@ -217,6 +231,10 @@ def add_lora(model,                # any model; its layers are wrapped
     made = model.__dict__.setdefault('lora', {})
     if adapter in made: raise FtkitError(f"adapter '{adapter}' is there already: give this one another name")
     if r < 1: raise FtkitError(f'r={r}: the rank of an adapter must be at least 1')
+    if not adapter or '.' in adapter: raise FtkitError(f"adapter '{adapter}': a name must have no dots")
+    size = model.get_input_embeddings().weight.shape[0] if tokens else 0
+    if bad := [t for t in tokens if not 0 <= t < size]: raise FtkitError(f'token {bad[0]} is not one of the {size}')
+    alpha = 2*r if alpha is None else alpha
     names,init = lora_targets(model, targets),dict(pissa=pissa).get(init, init)
     if init and (dora or made): raise FtkitError(
         'init moves a part of the frozen matrix: use it without dora, and for the first adapter')
@@ -227,25 +245,43 @@ def add_lora(model,                # any model; its layers are wrapped
             layer = _wrap(model, name)
             lookup = isinstance(layer, LoRAEmbedding)
             if init and lookup: raise FtkitError(f"init is for linear layers, and '{name}' is an embedding")
-            lora = LoRA(*layer.matrix().shape, r, alpha or 2*r, dropout, rslora, lookup).to(layer.weight.device)
+            lora = LoRA(*layer.matrix().shape, r, alpha, dropout, rslora, lookup).to(layer.weight.device)
             if dora: lora.lora_magnitude_vector = nn.Parameter(torch.linalg.norm(layer.matrix(), dim=1))
             if init: _start_at(layer, lora, init)
             layer.adapters[adapter] = lora
     rows = _add_rows(model, sorted(tokens), adapter) if tokens else {}
-    made[adapter] = dict(r=r, alpha=alpha or 2*r, dropout=dropout, rslora=rslora, dora=dora, tokens=rows)
+    made[adapter] = dict(r=r, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora, tokens=rows)
     return set_adapter(model, adapter)
 
+# %% ../nbs/20_lora.ipynb #1e4b635a
 def lora_layers(model # with adapters
                ):     # dict of name -> `LoRALayer`
     "The layers that have adapters"
     return {n: m for n,m in model.named_modules() if isinstance(m, LoRALayer)}
 
+def _known(model, names):
+    made = getattr(model, 'lora', {})
+    if unknown := {*names} - {*made}: raise FtkitError(
+        f"adapter {', '.join(unknown)} is unknown: there are {', '.join(made) or 'none'}")
+
+def remove_lora(model,  # with adapters
+                adapter # name of the one to take away
+               ):       # the model; without its last adapter as it was, unless `init` moved a part of it
+    "Take an adapter away"
+    _known(model, [adapter])
+    for name,layer in lora_layers(model).items():
+        if adapter in layer.adapters: del layer.adapters[adapter]
+        layer.active = [a for a in layer.active if a != adapter]
+        if not layer.adapters: model.set_submodule(name, layer.base_layer)
+    del model.lora[adapter]
+    return model
+
+# %% ../nbs/20_lora.ipynb #344ef034
 def set_adapter(model, # with adapters
                 *names # of those to use; none for the model as it was
                ):      # the model
     "Choose which adapters are used, and trained"
-    if unknown := {*names} - {*model.lora}: raise FtkitError(
-        f"adapter {', '.join(unknown)} is unknown: there are {', '.join(model.lora)}")
+    _known(model, names)
     for layer in lora_layers(model).values():
         layer.active = list(names)
         for name,lora in layer.adapters.items(): lora.requires_grad_(name in names)
@@ -279,7 +315,8 @@ def lora_state_dict(model,            # with adapters
                     adapter='default' # its name
                    ):                 # dict of tensors with PEFT's names
     "The weights of one adapter, as PEFT calls them"
-    out = {}
+    _known(model, [adapter])
+    out,seen = {},[]
     for name,layer in lora_layers(model).items():
         if adapter not in layer.adapters: continue
         lora,prefix = layer.adapters[adapter],f'base_model.model.{name}.'
@@ -288,7 +325,9 @@ def lora_state_dict(model,            # with adapters
             names = ('embedding_A', 'embedding_B') if isinstance(layer, LoRAEmbedding) else ('A.weight', 'B.weight')
             own = {f'lora_{n}': t for n,t in zip(names, _plain(lora))}
             if lora.lora_magnitude_vector is not None: own['lora_magnitude_vector'] = lora.lora_magnitude_vector
-        out |= {prefix+n: t.detach() for n,t in own.items() if t.data_ptr() not in {s.data_ptr() for s in out.values()}}
+        for n,t in own.items():
+            if not any(t is s for s in seen): out[prefix+n] = t.detach()
+            seen.append(t)
     return out
 
 # %% ../nbs/20_lora.ipynb #c73ffcaf
@@ -297,7 +336,9 @@ def save_lora(model,            # with adapters
               adapter='default' # its name
              ):                 # the folder, as a `Path`
     "Write one adapter as PEFT does"
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
+    _known(model, [adapter])
     folder,made = Path(folder),model.lora[adapter]
     layers = {n: l.adapters[adapter] for n,l in lora_layers(model).items() if adapter in l.adapters}
     layers = {n: lora for n,lora in layers.items() if isinstance(lora, LoRA)}
@@ -309,33 +350,46 @@ def save_lora(model,            # with adapters
                   use_dora=made['dora'], lora_dropout=made['dropout'], target_modules=[*layers],
                   trainable_token_indices=made['tokens'] or None,
                   base_model_name_or_path=getattr(getattr(model, 'config', None), '_name_or_path', None) or None)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {n: t.contiguous() for n,t in lora_state_dict(model, adapter).items()}
-    save_file(weights, folder/'adapter_model.safetensors')
-    (folder/'adapter_config.json').write_text(json.dumps(config, indent=1))
+    weights,new = {n: t.contiguous() for n,t in lora_state_dict(model, adapter).items()},folder/'adapter.new'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, new)
+        new.replace(folder/'adapter_model.safetensors')
+        (folder/'adapter_config.json').write_text(json.dumps(config, indent=1))
+    except (OSError, SafetensorError) as e: raise FtkitError(f'{folder}: cannot be written: {e}') from e
+    finally: new.unlink(missing_ok=True)
     return folder
 
 # %% ../nbs/20_lora.ipynb #ced477af
 _PEFT = dict(bias='none', fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None,
              lora_bias=False, layers_to_transform=None, layer_replication=None, target_parameters=None,
-             exclude_modules=None)
+             exclude_modules=None, alora_invocation_tokens=None)
 
 def load_lora(model,            # the model it was trained on
               folder,           # what `save_lora` or PEFT wrote
               adapter='default' # what to call it
              ):                 # the model
     "Read an adapter; raises `FtkitError` when it is of another model, or needs PEFT itself"
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
-    config = json.loads((Path(folder)/'adapter_config.json').read_text())
-    more = {k: config[k] for k,v in _PEFT.items() if config.get(k, v) not in (v, None)}
-    if config['peft_type'] != 'LORA' or more: raise FtkitError(
-        f"{folder}: {', '.join(more) or config['peft_type']} is not written here: load it with PEFT")
-    weights,targets = load_file(Path(folder)/'adapter_model.safetensors'),config['target_modules']
-    add_lora(model, config['r'], config['lora_alpha'], targets, config.get('lora_dropout', 0.),
-             config.get('use_rslora', False), config.get('use_dora', False), adapter=adapter,
-             tokens=next(iter((config.get('trainable_token_indices') or {}).values()), ()))
+    try:
+        config = json.loads((Path(folder)/'adapter_config.json').read_text())
+        weights = load_file(Path(folder)/'adapter_model.safetensors')
+    except (OSError, ValueError, SafetensorError) as e: raise FtkitError(
+        f'{folder}: no whole adapter there: {e}') from e
+    more = [k for k,v in _PEFT.items() if config.get(k, v) not in (v, None)]
+    more += ['init_lora_weights'] if config.get('init_lora_weights', True) not in (True, False, 'gaussian') else []
+    tokens = config.get('trainable_token_indices') or {}
+    rows = [*tokens.values()] if isinstance(tokens, dict) else [tokens]
+    more += ['trainable_token_indices'] if any(r != sorted(rows[0]) for r in rows) else []
+    if config.get('peft_type') != 'LORA' or more: raise FtkitError(
+        f"{folder}: {', '.join(more) or config.get('peft_type')} is not written here: load it with PEFT")
+    add_lora(model, config['r'], config['lora_alpha'], config['target_modules'], config.get('lora_dropout', 0.),
+             config.get('use_rslora', False), config.get('use_dora', False), adapter=adapter, tokens=[*rows, ()][0])
     own = lora_state_dict(model, adapter)
+    weights = {n: t for n,t in weights.items() if not n.endswith('.base_layer.weight')} # PEFT may add frozen ones
     wrong = [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
+    if wrong: remove_lora(model, adapter)
     if wrong: raise FtkitError(f'{folder}: made for another model: {len(wrong)} of {len(own)} matrices do not fit, '
                                f"such as {wrong[0].removeprefix('base_model.model.')}")
     for n,t in own.items(): t.copy_(weights[n])
@@ -350,8 +404,7 @@ def merge_lora(model # with adapters; those in use are folded in, one after the 
         matrix = layer.matrix()
         for lora in active: matrix = layer.merged(lora, matrix).detach()
         if isinstance(layer, LoRAEmbedding): matrix = matrix.T.contiguous()
-        if active: base.weight = nn.Parameter(matrix.to(base.weight.dtype), requires_grad=False)
-        model.set_submodule(name, base)
+        model.set_submodule(name, _with_weight(base, matrix) if active else base)
     _untie(model)
     model.lora = {}
     return model
@@ -369,6 +422,7 @@ def adapter_rows(model, # with adapters
                  names  # of the adapter for each row of the batch; '' for the model as it was
                 ):
     "Give each row of a batch an adapter of its own"
+    _known(model, {*names} - {''})
     layers = lora_layers(model).values()
     for layer in layers: layer.rows = list(names)
     try: yield model
@@ -385,6 +439,9 @@ def combine(model,    # with adapters
     "Make a weighted sum of adapters"
     if how not in ('cat', 'linear'): raise FtkitError(f"how '{how}' is unknown: use cat or linear")
     if adapter in model.lora: raise FtkitError(f"adapter '{adapter}' is there already: give this one another name")
+    _known(model, names)
+    if len(names) != len(weights): raise FtkitError(
+        f'{len(names)} adapters and {len(weights)} weights: give one for each')
     made = [model.lora[n] for n in names]
     if any(m['dora'] or m['tokens'] for m in made): raise FtkitError('only plain LoRA adapters can be summed')
     if how == 'linear' and len({m['r'] for m in made}) > 1: raise FtkitError("'linear' needs equal ranks: use cat")
@@ -395,7 +452,8 @@ def combine(model,    # with adapters
         a = [math.copysign(root, w)*l.lora_A.detach() for root,(w,l) in zip(roots, pairs)]
         b = [root*l.lora_B.detach() for root,(w,l) in zip(roots, pairs)]
         a,b = (torch.cat(a), torch.cat(b, 1)) if how == 'cat' else (sum(a), sum(b))
-        new = layer.adapters[adapter] = LoRA(len(b), a.shape[1], len(a), len(a)).to(a.device)
+        with torch.random.fork_rng(): new = LoRA(len(b), a.shape[1], len(a), len(a)).to(a.device)
+        layer.adapters[adapter] = new
         new.lora_A.data,new.lora_B.data = a,b
     r = sum(m['r'] for m in made) if how == 'cat' else made[0]['r']
     model.lora[adapter] = made[0] | dict(r=r, alpha=r, rslora=False)
@@ -414,7 +472,8 @@ def meta_model(config # of transformers, a dict of one, or a folder or Hub id to
     "A model with shapes and no numbers"
     from transformers import AutoConfig, AutoModelForCausalLM
     if isinstance(config, dict): config = AutoConfig.for_model(**config)
-    if isinstance(config, (str, Path)): config = AutoConfig.from_pretrained(config)
+    try: config = AutoConfig.from_pretrained(config) if isinstance(config, (str, Path)) else config
+    except (OSError, ValueError) as e: raise FtkitError(f'{config}: no config of a model there') from e
     with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
 
 def count_lora(config,               # as in `meta_model`, or any model

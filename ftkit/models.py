@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from fastcore.basics import patch
 from .core import FtkitError, device, need, no_bars, progress
 from .chat import render, set_template, stop_ids, template_ids
 from .mask import prompt_ids
@@ -85,11 +86,20 @@ def grow_embeddings(model, # causal language model; it is changed
     return list(range(old, len(tok)))
 
 # %% ../nbs/22_models.ipynb #b8f09a1d
+def _weight_files(folder):
+    "The files that transformers reads: those of the index, or `model.safetensors`"
+    index = folder/'model.safetensors.index.json'
+    if not index.is_file(): return [f for f in [folder/'model.safetensors'] if f.is_file()]
+    files = [folder/name for name in sorted({*_json(index)['weight_map'].values()})]
+    if missing := [f.name for f in files if not f.is_file()]: raise FtkitError(
+        f'{folder}: {len(missing)} of {len(files)} files are missing, such as {missing[0]}: download it again')
+    return files
+
 def _checked(folder, pickles=False):
     "Raise for a folder that holds no whole model"
     from safetensors import SafetensorError, safe_open
     if not (folder/'config.json').is_file(): raise FtkitError(f'{folder}: no model there: config.json is missing')
-    files = sorted(folder.glob('*.safetensors'))
+    files = _weight_files(folder)
     bad = sorted(f.name for kind in ('*.bin', '*.pt', '*.pth', '*.ckpt') for f in folder.glob(kind))
     if not files and not bad: raise FtkitError(f'{folder}: no weights there: download the .safetensors too')
     if not files and not pickles: raise FtkitError(
@@ -122,7 +132,7 @@ def _four_bits(config, precision):
 def _config(name, source, remote_code):
     from transformers import AutoConfig
     try: return AutoConfig.from_pretrained(source, trust_remote_code=remote_code)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         _remote(name, e)
         raise FtkitError(f'{name}: no model there, neither as a folder nor on the Hub: {_first(e)}') from e
 
@@ -231,10 +241,11 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
         f"{name}: its weights are quantised and cannot be trained: adapter='lora', or take the model in 16 bits")
     if quantized and engine == 'hf': model.gradient_checkpointing_enable(dict(use_reentrant=False))
     if tuned: model = _adapted(model, tok, new, engine, config, seed, **dict(
-        r=r, lora_alpha=alpha or 2*r, lora_dropout=dropout, target_modules=target_modules) | peft)
+        r=r, lora_alpha=2*r if alpha is None else alpha, lora_dropout=dropout, target_modules=target_modules) | peft)
     if adapter is None: model.requires_grad_(False)
     if torch.cuda.is_available() and not quantized: model = model.cuda()
-    model.ftkit = dict(model=str(name), adapter=adapter, precision=precision) # what `save` must remember
+    # what `save` must remember
+    model.ftkit = dict(model=str(name), adapter=adapter, precision='fp32' if adapter == 'full' else precision)
     print(describe(model))
     return model
 
@@ -254,6 +265,19 @@ def describe(model # any transformers or PEFT model
             f"{getattr(model.config, '_attn_implementation', None) or 'no'} attention")
 
 # %% ../nbs/22_models.ipynb #d8f050b0
+@contextmanager
+def _untouched(model):
+    "Whatever is done to the trained weights, their gradients, the modes and the random numbers is taken back"
+    import torch
+    weights = [(p, p.detach().clone(), p.grad) for p in model.parameters() if p.requires_grad]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.random.fork_rng(): yield
+    finally:
+        for p,before,grad in weights: p.data.copy_(before)
+        for p,_,grad in weights: p.grad = grad
+        for m,mode in modes: m.training = mode
+
 def check_gradients(model,  # ready for training
                     batch,  # dict of tensors with `labels`
                     lr=1e-3 # of the two steps, which are taken back
@@ -262,48 +286,50 @@ def check_gradients(model,  # ready for training
     import torch
     trained = {n: p for n,p in model.named_parameters() if p.requires_grad}
     if not trained: return ['nothing is trained: every parameter is frozen']
-    before,found,training = {n: p.detach().clone() for n,p in trained.items()},[],model.training
-    optimizer = torch.optim.AdamW(trained.values(), lr)
-    model.train()
-    for first in (True, False):
-        loss = model(**batch).loss
-        if not loss.requires_grad: found.append('the loss depends on nothing that is trained: is the graph cut?')
-        if found: break
-        loss.backward()
-        if first: found = [f'{n} gets no gradient' for n,p in trained.items() if p.grad is None]
-        optimizer.step()
-        optimizer.zero_grad()
-    zeros = ('lora_B', 'lora_embedding_A')
-    if not found: found = [f'{n} is still zero after two steps' for n,p in trained.items()
-                           if any(z in n for z in zeros) and not p.any()]
-    with torch.no_grad():
-        for n,p in trained.items(): p.copy_(before[n])
-    model.train(training)
-    return found
+    with _untouched(model):
+        optimizer = torch.optim.AdamW(trained.values(), lr)
+        model.train()
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            if not loss.requires_grad: return ['the loss depends on nothing that is trained: is the graph cut?']
+            loss.backward()
+            if idle := [n for n,p in trained.items() if p.grad is None]: return [f'{n} gets no gradient' for n in idle]
+            optimizer.step()
+        zeros = ('lora_B', 'lora_embedding_A')
+        return [f'{n} is still zero after two steps' for n,p in trained.items()
+                if any(z in n for z in zeros) and not p.any()]
 
 # %% ../nbs/22_models.ipynb #88de3e6e
 @contextmanager
 def _whole(folder):
     "A folder to write to, which takes the place of `folder` when all went well"
-    folder = Path(folder)
-    tmp,old = (folder.with_name(folder.name+end) for end in ('.tmp', '.old'))
-    for left in (tmp, old): shutil.rmtree(left, ignore_errors=True) # of a process that was killed
+    folder = Path(folder).resolve()
+    tmp,old = (folder.with_name(f'{folder.name or "root"}.ftkit-{end}') for end in ('new', 'old'))
+    if old.exists() and not folder.exists(): old.rename(folder) # a process was killed between the two renames below
+    if folder.exists() and not (folder/'ftkit.json').is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FtkitError(f'{folder}: there is something that ftkit did not write: choose another folder')
+    for left in (tmp, old): shutil.rmtree(left, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
         yield tmp
         if folder.exists(): folder.rename(old)
-        tmp.rename(folder)
+        try: tmp.rename(folder)
+        except OSError:
+            if old.exists(): old.rename(folder)
+            raise
     except OSError as e: raise FtkitError(
         f'{folder}: cannot be written ({e.strerror or _first(e)}): nothing was saved') from e
     finally:
         for left in (tmp, old): shutil.rmtree(left, ignore_errors=True)
 
+# %% ../nbs/22_models.ipynb #51ac5ef3
 def _generation(tok):
     from transformers import GenerationConfig
     return GenerationConfig(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)
 
 def _write_chat(tok, generation, folder, **record):
-    "What a chat needs besides weights"
+    "Tokenizer, template, generation settings, a prompt, and a record"
     chat = [dict(role='user', content='What is 2 + 2?')]
     text,ids = render(tok, chat, add_generation_prompt=True),list(prompt_ids(tok, chat))
     generation.save_pretrained(folder)
@@ -328,44 +354,67 @@ def save(model,  # a tuned model
 def _same_prompt(tok, folder):
     "Raise when the tokenizer does not write the prompt it wrote when it was saved"
     if not (folder/'prompt.json').exists(): return
-    prompt = json.loads((folder/'prompt.json').read_text())
+    prompt = _json(folder/'prompt.json')
     if prompt['text'] != render(tok, prompt['messages'], add_generation_prompt=True) or (
         prompt['input_ids'] != list(prompt_ids(tok, prompt['messages']))): raise FtkitError(
         f'{folder}: the tokenizer writes another prompt than when it was saved: was the folder changed, or a library?')
 
-def _with_adapter(model, folder):
-    "The model with a saved adapter"
-    from peft import PeftModel, get_peft_model_state_dict
+def _adapter_file(folder):
+    "(the file of an adapter, the names in it)"
     from safetensors import SafetensorError, safe_open
     file = folder/'adapter_model.safetensors'
     if not file.is_file(): raise FtkitError(f'{folder}: no adapter_model.safetensors there')
     try:
-        with safe_open(file, 'pt') as f: saved = {*f.keys()}
-        model = PeftModel.from_pretrained(model, folder)
+        with safe_open(file, 'pt') as f: return file, {*f.keys()}
     except (SafetensorError, OSError) as e: raise FtkitError(f'{file}: damaged or cut short: {_first(e)}') from e
+
+# %% ../nbs/22_models.ipynb #248719e4
+def _with_adapter(model, folder):
+    "The model with a saved adapter"
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    _,saved = _adapter_file(folder)
+    try:
+        with torch.random.fork_rng(): model = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, KeyError, IndexError) as e:
         lines = [l.strip() for l in str(e).split('\n')]
         raise FtkitError(f'{folder}: made for another model: {lines[len(lines) > 1 and "Error(s)" in lines[0]]}') from e
     own = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
-    if odd := sorted(own ^ saved): raise FtkitError(
+    copies = {n for n in saved-own if n.endswith(('.base_layer.weight', 'embed_tokens.weight', 'lm_head.weight'))}
+    if odd := sorted(own ^ saved - copies): raise FtkitError(
         f'{folder}: made for another model: {len(odd)} weights do not fit, such as {odd[0]}')
     return model
 
 # %% ../nbs/22_models.ipynb #b6e1f8b0
+def _json(file):
+    try: return json.loads(file.read_text())
+    except (ValueError, OSError) as e: raise FtkitError(f'{file}: damaged or cut short: {_first(e)}') from e
+
 def _run_folder(folder):
     "(the folder with the weights of a run, what `save` remembered)"
     folder = Path(folder)
     if (folder/'adapter').is_dir(): folder = folder/'adapter'
     if not folder.is_dir(): raise FtkitError(f'{folder}: no such folder')
     record = folder/'ftkit.json'
-    return folder, json.loads(record.read_text()) if record.exists() else {}
+    return folder, _json(record) if record.exists() else {}
 
 def _base_of(folder, record):
     "The model an adapter was trained on; the embedded one stands elsewhere on every machine, so it is found by name"
     if record.get('model') == 'embedded': return 'embedded'
-    name = json.loads((folder/'adapter_config.json').read_text()).get('base_model_name_or_path') or record.get('model')
+    name = _json(folder/'adapter_config.json').get('base_model_name_or_path') or record.get('model')
     if not name: raise FtkitError(f'{folder}: does not say which model it was trained on: give it as base')
     return name
+
+# %% ../nbs/22_models.ipynb #931a4b5b
+def _tokenizer_of(folder, record, base):
+    "The tokenizer beside an adapter, or that of its base where PEFT wrote none"
+    beside = any((folder/f).exists() for f in ('tokenizer_config.json', 'tokenizer.json'))
+    whole = not (folder/'adapter_config.json').exists()
+    return load_tokenizer(folder if beside or whole else base or _base_of(folder, record))
+
+def _known_precision(precision):
+    if precision in ('fp32', 'fp16', 'bf16'): return precision
+    raise FtkitError(f"precision '{precision}' is unknown: use fp32, fp16 or bf16")
 
 # %% ../nbs/22_models.ipynb #4f53393c
 def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the folder of a run that holds it as `adapter`
@@ -375,9 +424,10 @@ def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the fol
     "Load a tuned model and its tokenizer for use; raises `FtkitError` for an adapter of another model"
     import torch
     folder,record = _run_folder(folder)
-    tok = load_tokenizer(folder)
+    tok = _tokenizer_of(folder, record, base)
     _same_prompt(tok, folder)
-    precision,quantized = precision or record.get('precision', 'fp32'),record.get('adapter') == 'qlora'
+    precision = _known_precision(precision or record.get('precision', 'fp32'))
+    quantized = record.get('adapter') == 'qlora'
     whole = not (folder/'adapter_config.json').exists()
     if whole: return tok, load_model(folder, tok, adapter=None, precision=precision)
     model,_ = _base(base or _base_of(folder, record), tok, precision, quantized)
@@ -390,6 +440,11 @@ class _Change:
     def __init__(self, a, b, scale, magnitude=None, lookup=False):
         self.a,self.b,self.scale,self.magnitude,self.lookup = a.float(),b.float(),scale,magnitude,lookup
 
+    def fits(self, weight):
+        "Is it of this shape?"
+        shape = len(self.b),self.a.shape[1]
+        return tuple(weight.shape) == (shape[::-1] if self.lookup else shape)
+
     def rows(self, some, first, half=False):
         "Rows from `first` on, changed, in 32 bits"
         at = slice(first, first+len(some))
@@ -401,6 +456,9 @@ class _Change:
 class _Rows:
     "Rows that were trained themselves"
     def __init__(self, ids, values): self.ids,self.values = ids,values
+    def fits(self, weight):
+        "Has it these rows?"
+        return max(self.ids) < len(weight) and self.values.shape[1] == weight.shape[1]
     def rows(self, some, first, half=False):
         "Rows from `first` on, with the trained ones, in 32 bits"
         new = some.float()
@@ -412,15 +470,16 @@ class _Rows:
 def _changes(folder):
     "dict of module name -> what the adapter does to its weight; None when only PEFT can do it"
     from safetensors.torch import load_file
-    config = json.loads((folder/'adapter_config.json').read_text())
-    if config['peft_type'] != 'LORA': return None
+    config = _json(folder/'adapter_config.json')
+    if config.get('peft_type') != 'LORA': return None
     scale = config['lora_alpha']/(config['r']**.5 if config.get('use_rslora') else config['r'])
     more = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'fan_in_fan_out', 'target_parameters',
-            'layer_replication')
+            'layer_replication', 'alora_invocation_tokens')
     if any(config.get(k) for k in more): return None
     if config.get('init_lora_weights') not in (None, True, False, 'gaussian'): return None
     parts,ids,out = {},config.get('trainable_token_indices') or {},{}
-    for name,tensor in load_file(folder/'adapter_model.safetensors').items():
+    if not isinstance(ids, dict): return None
+    for name,tensor in load_file(_adapter_file(folder)[0]).items():
         module,_,kind = name.removeprefix('base_model.model.').partition('.lora_')
         module,_,rows = module.partition('.token_adapter.')
         parts.setdefault(module, {})[rows or kind] = tensor
@@ -459,17 +518,21 @@ class _Shards:
         from huggingface_hub import snapshot_download
         from safetensors import safe_open
         source = _source(name)
+        self.config,self.dtype,self.changes,self.size = _config(name, source, False),dtype,changes,len(tok)
+        if getattr(self.config, 'quantization_config', None): raise FtkitError(
+            f'{name}: is stored in few bits: give the 16-bit model it was made of as base')
         if not Path(source).is_dir(): source = snapshot_download(source, allow_patterns=['*.json', '*.safetensors'])
         _checked(folder := Path(source))
-        self.config,self.dtype,self.changes,self.size = _config(name, source, False),dtype,changes,len(tok)
-        self.files,self.at = {},{} # {file: {name: shape}}, {name: (path, its name there)}
+        self.files,self.at,self.kept = {},{},{} # {file: {name: shape}}, {name: (path, its name there)}, {name: dtype}
         text = self.config.get_text_config()
         text.vocab_size = max(text.vocab_size, len(tok))
         model = self.empty()
         first,head = self.ends = [next(f'{n}.weight' for n,m in model.named_modules() if m is end)
                                   for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-        for path in sorted(folder.glob('*.safetensors')):
-            with safe_open(path, 'pt') as f: shapes = {n: f.get_slice(n).get_shape() for n in f.keys()}
+        for path in _weight_files(folder):
+            with safe_open(path, 'pt') as f:
+                shapes = {n: f.get_slice(n).get_shape() for n in f.keys()}
+                self.kept |= {n: f.get_slice(n).get_dtype() for n in shapes} # of those that are not floats
             self.files[path.name],self.at = shapes,self.at | {n: (path, n) for n in shapes}
             for n in {first, head} & {*shapes}: shapes[n][0] = max(shapes[n][0], self.size)
             if self.config.tie_word_embeddings: shapes.pop(head, None)
@@ -486,23 +549,34 @@ class _Shards:
         from transformers import AutoModelForCausalLM
         with init_empty_weights(include_buffers=False): return AutoModelForCausalLM.from_config(self.config)
 
-    def tensor(self, name, dtype, route, survival=None):
-        "One weight, changed; `survival` collects (share of the numbers that move, rounding as share of the change)"
-        import torch
-        from safetensors import safe_open
-        name = self.shared.get(name, name)
-        path,key = self.at[name]
-        with safe_open(path, 'pt') as f: weight = f.get_tensor(key)
-        if not weight.is_floating_point(): return weight
-        weight,missing = weight.to(self.dtype),self.size-len(weight) if name in self.ends else 0
-        if missing > 0: weight = torch.cat([weight, weight.mean(0).expand(missing, -1)])
-        change,kept = self.changes.get(name.removesuffix('.weight')),torch.zeros(4, dtype=torch.float64)
-        if change is None: return weight.to(dtype)
-        new = _new_weight(weight, change, dtype, route, kept)
-        should,moved,lost,all_ = kept.tolist()
-        if survival is None or not isinstance(change, _Change): return new
-        survival[name] = moved/max(should, 1), (lost/max(all_, 1e-45))**.5
-        return new
+# %% ../nbs/22_models.ipynb #664f2dfe
+@patch
+def stored(self:_Shards, name, dtype):
+    "The dtype a weight is written in: that of the merge for floats"
+    import torch
+    other = {v: k for k,v in _NAMES.items()}.get(self.kept.get(name), 'float32')
+    return dtype if 'float' in other else getattr(torch, other)
+
+@patch
+def tensor(self:_Shards, name, dtype, route, survival=None):
+    "One weight, changed; `survival` collects (share of the numbers that move, rounding as share of the change)"
+    import torch
+    from safetensors import safe_open
+    name = self.shared.get(name, name)
+    path,key = self.at[name]
+    with safe_open(path, 'pt') as f: weight = f.get_tensor(key)
+    if not weight.is_floating_point(): return weight
+    weight,missing = weight.to(self.dtype or weight.dtype),self.size-len(weight) if name in self.ends else 0
+    if missing > 0: weight = torch.cat([weight, weight.mean(0).expand(missing, -1)])
+    change,kept = self.changes.get(name.removesuffix('.weight')),torch.zeros(4, dtype=torch.float64)
+    if change is None: return weight.to(dtype)
+    if not change.fits(weight): raise FtkitError(
+        f'the adapter was made for another model: {name} has the shape {tuple(weight.shape)}')
+    new = _new_weight(weight, change, dtype, route, kept)
+    should,moved,lost,all_ = kept.tolist()
+    if survival is None or not isinstance(change, _Change): return new
+    survival[name] = moved/max(should, 1), (lost/max(all_, 1e-45))**.5
+    return new
 
 # %% ../nbs/22_models.ipynb #20f73a8a
 PROMPTS = ('What is the capital of France?', 'Write a short poem about rain.', 'Explain why the sky is blue.',
@@ -583,21 +657,32 @@ class Merged:
 def _with_peft(folder, name, tok, precision, tmp):
     "Let PEFT merge, in memory"
     model,_ = _base(name, tok, precision)
-    try: model = _with_adapter(model, folder).merge_and_unload(safe_merge=True)
+    try:
+        model = _with_adapter(model, folder).merge_and_unload(safe_merge=True)
+        model.save_pretrained(tmp)
+    except FtkitError: raise
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as e: raise FtkitError(
         f'{folder}: this kind of adapter cannot be merged: {_first(e)}') from e
-    model.save_pretrained(tmp)
     return model.config
 
 def _write_merged(shards, dtype, route, tmp):
     "Write the changed weights shard by shard; per layer what survived"
     survival,tensor = {},partial(shards.tensor, dtype=dtype, route=route)
     for file,shapes in progress(shards.files.items(), 'merging'): _write_tensors(
-        tmp/file, {name: (dtype, shape) for name,shape in shapes.items()}, partial(tensor, survival=survival))
+        tmp/file, {n: (shards.stored(n, dtype), s) for n,s in shapes.items()}, partial(tensor, survival=survival))
     if len(shards.files) > 1:
         where = {name: file for file,shapes in shards.files.items() for name in shapes}
         (tmp/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=where)))
     return survival
+
+# %% ../nbs/22_models.ipynb #c38c6894
+def _apart(out, run, *taken):
+    "Raise when a folder is or holds one that must stay, or lies in one of them other than the run"
+    out = out.resolve()
+    for folder in (f.resolve() for f in (run, *taken)):
+        inside = folder in out.parents and folder != run.resolve()
+        if out == folder or out in folder.parents or inside: raise FtkitError(
+            f'{out}: would be written over {folder}: choose another folder')
 
 def merge(run,             # folder of a run, or of an adapter
           out,             # where to; what is there is replaced
@@ -611,13 +696,18 @@ def merge(run,             # folder of a run, or of an adapter
     if not (folder/'adapter_config.json').exists(): raise FtkitError(f'{folder}: no adapter there that could be merged')
     if route not in (None, *ROUTES): raise FtkitError(f"route '{route}' is unknown: use {', '.join(ROUTES)}")
     precision = precision or ('fp16' if record.get('precision') == 'fp16' else 'bf16')
-    tok,name,dtype,changes = load_tokenizer(folder),base or _base_of(folder, record),_dtype(precision),_changes(folder)
-    shards = _Shards(name, tok, _dtype(record.get('precision', precision)), changes or {})
+    dtype,name = _dtype(_known_precision(precision)),base or _base_of(folder, record)
+    tok,changes = _tokenizer_of(folder, record, base),_changes(folder)
+    _apart(Path(out), Path(run), *{folder, Path(_source(name))} - {Path(run)})
+    shards = _Shards(name, tok, _dtype(record['precision']) if 'precision' in record else None, changes or {})
     routes = ['base'] + ['dequantized']*(record.get('adapter') == 'qlora') + ['half']
     done = Merged(Path(out), precision, 'peft')
     if changes is not None and all(m+'.weight' in shards.at for m in changes):
         if prompts: done.distance = _distances(shards, tok, prompts, dtype, routes)
+        if prompts and not done.distance: print(f'{name} names its weights in a way of its own: no distance measured')
         done.route = route or min(routes[:-1], key=lambda r: done.distance.get(r, -routes.index(r)))
+    elif route: raise FtkitError(f"{folder}: this kind of adapter is merged by PEFT, which knows no route '{route}'")
+    else: print('this kind of adapter is merged by PEFT, with the whole model in memory; the distance is not measured')
     with _whole(out) as tmp:
         if done.route == 'peft': config = _with_peft(folder, name, tok, precision, tmp)
         else: done.survival,config = _write_merged(shards, dtype, done.route, tmp),shards.config

@@ -114,6 +114,8 @@ def quantize(weight,      # tensor of any shape, in 32 or 16 bits
             ):            # `Quantized`
     "Four bits for a number, as bitsandbytes' `quantize_4bit`; raises `FtkitError` for infinities and NaN"
     flat = weight.detach().flatten()
+    if not len(flat): raise FtkitError('there are no weights to quantise')
+    if block < 2 or block % 2: raise FtkitError(f'block={block}: must be even, as two codes share a byte')
     table = levels(kind).to(flat.device)
     sorted_,order = table.sort()
     bounds,order = _between(sorted_),order.to(torch.uint8) if kind == 'fp4' else None
@@ -183,9 +185,9 @@ def quantize_model(model,                # any model; it is changed
                    double=True           # as in `quantize`
                   ):                     # the model
     "Freeze a model and put its linear layers into four bits"
-    model.requires_grad_(False)
-    small = {name: NF4Linear(model.get_submodule(name), kind, double) for name in lora_targets(model, targets)}
-    for name,layer in small.items(): model.set_submodule(name, layer)
+    if not getattr(model, 'lora', None): model.requires_grad_(False)
+    names = [n + '.base_layer'*hasattr(model.get_submodule(n), 'base_layer') for n in lora_targets(model, targets)]
+    for name in names: model.set_submodule(name, NF4Linear(model.get_submodule(name), kind, double))
     return model
 
 # %% ../nbs/21_nf4.ipynb #14a2f648

@@ -183,6 +183,7 @@ def nf4_picture(weight,      # matrix
     "Scaled weights with the levels they are rounded to, and the errors"
     import matplotlib.pyplot as plt
     from ftkit.nf4 import levels, quantization_error, quantize
+    weight = weight.detach()
     error,share = quantization_error(weight, kind, block, double)
     q = quantize(weight, kind, block, double)
     n = weight.numel()//block*block

@@ -51,11 +51,27 @@ def test_saved_and_loaded_to_equal_logits(tmp_path, kind, template, precision):
     model = load_model(base, tok, **dict(adapter='lora', r=4) | KINDS[kind], precision=precision)
     shake(model)
     save(model, tok, tmp_path/'tuned')
-    tok2,again = load_tuned(tmp_path/'tuned', 'fp32' if kind == 'full' else None)
+    tok2,again = load_tuned(tmp_path/'tuned')
     wanted = logits(model, tok)
     # PiSSA's frozen rest is computed again, and rounded to the base's precision again
     atol = 4*torch.finfo(model.dtype).eps*wanted.abs().max().item() if kind == 'pissa' else 0
     torch.testing.assert_close(logits(again, tok2), wanted, atol=atol, rtol=0)
+
+def test_precision_follows_the_machine(monkeypatch):
+    from ftkit import models
+    from ftkit.core import Device
+    for machine,precision in ((Device(), 'fp32'), (Device('cuda', 'T4', (7, 5), 16*2**30), 'fp16'),
+                              (Device('cuda', 'L4', (8, 9), 24*2**30), 'bf16')):
+        monkeypatch.setattr(models, 'device', lambda machine=machine: machine)
+        assert models._precision() == precision
+
+def test_the_seed_decides_the_start_and_leaves_the_worlds_alone(tmp_path):
+    tok = load_tokenizer(base_folder(tmp_path/'base', template='chatml'))
+    state = torch.get_rng_state()
+    start = [load_model(tmp_path/'base', tok, r=4, seed=seed).get_parameter(
+        'base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight') for seed in (0, 0, 1)]
+    assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
+    assert torch.equal(torch.get_rng_state(), state)
 
 def test_options_that_do_not_go_together(tmp_path):
     tok = load_tokenizer(base_folder(tmp_path/'base', template='chatml'))

@@ -222,3 +222,41 @@ def test_half_precision_bases_keep_32_bit_adapters():
         assert a.dtype == b.dtype == dtype
         assert {p.dtype for p in ours.parameters() if p.requires_grad} == {torch.float32}
         torch.testing.assert_close(a, b, atol=4*torch.finfo(dtype).eps, rtol=0)
+
+def test_refusals_leave_the_model_as_it_was(tmp_path):
+    model,names = llama(),{n for n,_ in llama().named_modules()}
+    save_lora(add_lora(LlamaForCausalLM(LlamaConfig(**SIZES | dict(intermediate_size=64))), 2), tmp_path)
+    (tmp_path/'cut').mkdir()
+    works = {'made for another model': lambda: load_lora(model, tmp_path),
+             'no whole adapter': lambda: load_lora(model, tmp_path/'cut'),
+             'token 99999 is not one of the 96': lambda: add_lora(model, tokens=[99999]),
+             'is no pattern': lambda: add_lora(model, targets='((('),
+             'must have no dots': lambda: add_lora(model, adapter='a.b'),
+             "adapter zzz is unknown: there are none": lambda: save_lora(model, tmp_path/'x', 'zzz'),
+             'no config of a model there': lambda: count_lora('/nowhere')}
+    for says,work in works.items():
+        with pytest.raises(FtkitError, match=says): work()
+        assert {n for n,_ in model.named_modules()} == names, says
+    add_lora(model, 2)
+    with pytest.raises(FtkitError, match='typo is unknown'):
+        with adapter_rows(model, ['typo']): pass
+    with pytest.raises(FtkitError, match='1 adapters and 2 weights'): combine(model, ['default'], [.5, .5])
+
+def test_what_needs_peft_is_not_misread(tmp_path):
+    for options in (dict(init_lora_weights='pissa'), dict(trainable_token_indices={'embed_tokens': [7, 5]}),
+                    dict(trainable_token_indices={'embed_tokens': [5, 7], 'lm_head': [9, 12]})):
+        config = LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM', **options)
+        get_peft_model(llama(), config).save_pretrained(tmp_path)
+        with pytest.raises(FtkitError, match='is not written here: load it with PEFT'): load_lora(llama(), tmp_path)
+
+def test_a_model_in_four_bits_with_an_adapter_is_merged_either_way_round():
+    from ftkit.nf4 import quantize_model
+    first,second = add_lora(quantize_model(llama()), 4),quantize_model(add_lora(llama(), 4))
+    for model in (first, second):
+        for n,t in lora_state_dict(model).items(): torch.nn.init.constant_(t, .1)
+        wanted = model(IDS).logits
+        torch.testing.assert_close(merge_lora(model)(IDS).logits, wanted, atol=1e-5, rtol=0)
+
+def test_a_model_without_numbers_keeps_all_its_names():
+    from ftkit.lora import meta_model
+    assert len(lora_state_dict(add_lora(meta_model(LlamaConfig(**SIZES)), 2))) == 2*14

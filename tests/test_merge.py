@@ -1,5 +1,6 @@
 "Merged models: equal to the adapter within the precision, in bounded memory, and they stop"
 import hashlib, json, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from ftkit.chat import set_template
 from ftkit.core import FtkitError
@@ -183,3 +184,138 @@ def test_a_model_of_2_gb_is_merged_in_little_memory(tmp_path, adapter='lora', pr
     assert said['grown'] < max(sizes) + 500e6
     assert [f.stat().st_size for f in sorted((tmp_path/'merged').glob('*.safetensors'))] == [
         f.stat().st_size for f in sorted((tmp_path/'base').glob('*.safetensors'))]
+
+def peft_folder(tmp_path, base, **options):
+    "An adapter as PEFT writes it: no tokenizer, no record of ours; (folder, PEFT's model)"
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    options = dict(r=4, target_modules=['q_proj', 'down_proj'], task_type='CAUSAL_LM') | options
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
+    shake(model)
+    model.save_pretrained(tmp_path/'peft')
+    return tmp_path/'peft', model.eval()
+
+@pytest.mark.parametrize('options', [{}, dict(target_modules=['q_proj', 'embed_tokens']),
+    dict(use_dora=True, target_modules='.*up_proj'), dict(target_modules=['v_proj', 'lm_head']),
+    dict(modules_to_save=['lm_head'])], ids=str)
+def test_what_peft_wrote_is_read_and_merged(tmp_path, options):
+    base = base_folder(tmp_path/'base', tied=False, template='chatml')
+    folder,model = peft_folder(tmp_path, base, **options)
+    tok,again = load_tuned(folder)
+    close(logits(again, tok), logits(model, tok))
+    merge(folder, tmp_path/'merged', 'fp32')
+    close(logits(load_tuned(tmp_path/'merged')[1], tok), logits(model, tok))
+
+@pytest.mark.parametrize('arch', ['gemma2', 'qwen3', 'phi3', 'mistral', 'gpt2', 'mixtral'])
+def test_other_architectures_merge_to_the_adapter(tmp_path, arch):
+    "Scaled embeddings, tied heads, fused projections, transposed weights, experts"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16,
+                 vocab_size=260, initializer_range=.1, pad_token_id=0, num_local_experts=4)
+    if arch == 'gpt2': sizes = dict(n_embd=64, n_layer=2, n_head=4, vocab_size=260, initializer_range=.1)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes)).save_pretrained(tmp_path/'base')
+    tok = train_tokenizer([])
+    set_template(tok, 'chatml')
+    tok.save_pretrained(tmp_path/'base')
+    tok = load_tokenizer(tmp_path/'base')
+    model = load_model(tmp_path/'base', tok, 'lora', 'fp32', r=4)
+    shake(model)
+    save(model, tok, tmp_path/'tuned')
+    wanted = logits(model, tok)
+    assert torch.equal(logits(load_tuned(tmp_path/'tuned')[1], tok), wanted)
+    merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
+    close(logits(load_tuned(tmp_path/'merged')[1], tok), wanted)
+
+def test_nothing_else_is_overwritten(tmp_path):
+    tok,_ = tuned(tmp_path)
+    for name in ('user', 'tuned.tmp', 'merged.old'): (tmp_path/name).mkdir()
+    (tmp_path/'user'/'thesis.txt').write_text('mine')
+    (tmp_path/'file').write_text('mine')
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    for out in ('base', 'tuned', 'base/merged', '.'):
+        with pytest.raises(FtkitError, match='would be written over'): merge(tmp_path/'tuned', tmp_path/out, prompts=())
+    for out in ('user', 'file'):
+        with pytest.raises(FtkitError, match='did not write'): merge(tmp_path/'tuned', tmp_path/out, prompts=())
+    merge(tmp_path/'tuned', tmp_path/'merged', prompts=())
+    assert {f: f.read_bytes() for f in before} == before and (tmp_path/'merged.old').is_dir()
+
+def test_a_killed_save_gives_the_earlier_model_back(tmp_path, monkeypatch):
+    tok,model = tuned(tmp_path)
+    before = digest(tmp_path/'tuned')
+    rename = Path.rename
+    def failing(self, to):
+        if str(self).endswith('ftkit-new'): raise OSError('no')
+        return rename(self, to)
+    monkeypatch.setattr(Path, 'rename', failing)
+    with pytest.raises(FtkitError, match='nothing was saved'): save(model, tok, tmp_path/'tuned')
+    assert digest(tmp_path/'tuned') == before
+    monkeypatch.undo()
+    (tmp_path/'tuned').rename(tmp_path/'tuned.ftkit-old') # as a kill between the two renames leaves it
+    save(model, tok, tmp_path/'tuned')
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['base', 'tuned']
+
+def test_only_the_files_of_the_index_are_read(tmp_path):
+    from safetensors.torch import load_file, save_file
+    base = base_folder(tmp_path/'base', shard='60KB', template='chatml')
+    tok,model = tuned(tmp_path, base=base, layers_to_transform=[0], target_modules=['q_proj', 'up_proj'])
+    wanted,first = logits(model, tok),sorted(base.glob('model-*'))
+    save_file({n: t*0 for n,t in load_file(first[0]).items()}, base/'zzz.safetensors', dict(format='pt'))
+    merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
+    close(logits(load_tuned(tmp_path/'merged')[1], tok), wanted)
+    first[-1].unlink()
+    with pytest.raises(FtkitError, match='1 of .* files are missing'):
+        merge(tmp_path/'tuned', tmp_path/'other', prompts=())
+
+def test_other_numbers_keep_their_dtype(tmp_path):
+    from safetensors.torch import load_file, save_file
+    base = base_folder(tmp_path/'base', template='chatml')
+    more = load_file(base/'model.safetensors') | dict(aaa=torch.ones(3, dtype=torch.int64))
+    save_file(more, base/'model.safetensors', dict(format='pt'))
+    tuned(tmp_path, base=base)
+    merge(tmp_path/'tuned', tmp_path/'merged', prompts=())
+    weights = load_file(tmp_path/'merged'/'model.safetensors')
+    assert torch.equal(weights.pop('aaa'), torch.ones(3, dtype=torch.int64))
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+
+def test_a_rounded_sum_is_rounded_once(tmp_path):
+    base = base_folder(tmp_path/'base', template='chatml')
+    folder,model = peft_folder(tmp_path, base)
+    merge(folder, tmp_path/'merged', prompts=())
+    exact = model.merge_and_unload().model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(load_tuned(tmp_path/'merged')[1].model.layers[0].self_attn.q_proj.weight, exact.bfloat16())
+
+SPOILED = {'adapter_model.safetensors: damaged': lambda d: (d/'adapter_model.safetensors').write_bytes(b'{'),
+           'no adapter_model.safetensors': lambda d: (d/'adapter_model.safetensors').unlink(),
+           'adapter_config.json: damaged': lambda d: (d/'adapter_config.json').write_text('{"r": '),
+           'ftkit.json: damaged': lambda d: (d/'ftkit.json').write_text('{')}
+
+@pytest.mark.parametrize('says', SPOILED)
+def test_a_spoiled_adapter_is_refused_in_one_line(tmp_path, says):
+    tuned(tmp_path)
+    SPOILED[says](tmp_path/'tuned')
+    for work in (load_tuned, lambda folder: merge(folder, tmp_path/'merged')):
+        with pytest.raises(FtkitError, match=says) as e: work(tmp_path/'tuned')
+        assert '\n' not in str(e.value)
+    assert not (tmp_path/'merged').exists()
+
+def test_merging_into_the_wrong_base_is_refused(tmp_path):
+    tok,_ = tuned(tmp_path)
+    wide = LlamaForCausalLM(LlamaConfig(**SIZES | dict(intermediate_size=192), num_attention_heads=4, vocab_size=264))
+    wide.save_pretrained(tmp_path/'wide')
+    for base,says in ((tmp_path/'wide', 'made for another model'), (tmp_path/'nowhere', 'no model there')):
+        with pytest.raises(FtkitError, match=says): merge(tmp_path/'tuned', tmp_path/'merged', base=base)
+    with pytest.raises(FtkitError, match="'fp8' is unknown"): merge(tmp_path/'tuned', tmp_path/'merged', 'fp8')
+    with pytest.raises(FtkitError, match="route 'best' is unknown"): merge(tmp_path/'tuned', tmp_path/'m', route='best')
+
+def test_a_base_in_four_bits_needs_the_whole_one_to_merge(tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    base = base_folder(tmp_path/'base', template='chatml')
+    tok = load_tokenizer(base)
+    four = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    four.save_pretrained(tmp_path/'four')
+    tok.save_pretrained(tmp_path/'four')
+    tuned(tmp_path, base=tmp_path/'four')
+    with pytest.raises(FtkitError, match='is stored in few bits'): merge(tmp_path/'tuned', tmp_path/'merged')
+    merge(tmp_path/'tuned', tmp_path/'merged', base=base)

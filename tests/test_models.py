@@ -66,7 +66,7 @@ def test_an_adapter_of_the_embedded_model_moves_to_another_machine(tmp_path):
 def test_saving_over_an_old_model_leaves_only_the_new(tmp_path):
     tok = load_tokenizer('embedded')
     (tmp_path/'tuned').mkdir()
-    (tmp_path/'tuned'/'old.txt').write_text('old')
+    for name in ('old.txt', 'ftkit.json'): (tmp_path/'tuned'/name).write_text('{}')
     save(load_model('embedded', tok), tok, tmp_path/'tuned')
     assert [p.name for p in tmp_path.iterdir()] == ['tuned'] and not (tmp_path/'tuned'/'old.txt').exists()
 
