@@ -606,14 +606,17 @@ def kl(a, # log-probabilities, (tokens, vocabulary)
     "How far the predictions of b are from those of a"
     return (a.exp()*(a-b)).sum(-1).mean().item()
 
-def _distances(shards, tok, prompts, dtype, routes):
-    "dict of route -> KL from the model that was trained; {} if the file does not name weights as the model does"
+def _measured(shards, tok, prompts, dtype, routes):
+    "dict of route -> (KL from the model that was trained, survival); {} if files name weights otherwise than the model"
     import torch
     if any(n not in shards.at for n,_ in shards.empty().named_parameters()): return {}
     exact = partial(shards.tensor, dtype=torch.float32, route=routes[-2]) # what training saw, not rounded
     wanted = _predictions(shards.empty(), tok, prompts, exact)
-    merged = {r: partial(shards.tensor, dtype=dtype, route=r) for r in routes}
-    return {r: kl(wanted, _predictions(shards.empty(), tok, prompts, tensor)) for r,tensor in merged.items()}
+    out = {}
+    for r in routes:
+        tensor = partial(shards.tensor, dtype=dtype, route=r, survival=(survival := {}))
+        out[r] = kl(wanted, _predictions(shards.empty(), tok, prompts, tensor)), survival
+    return out
 
 # %% ../nbs/22_models.ipynb #8d0b8613
 _NAMES = dict(float64='F64', float32='F32', float16='F16', bfloat16='BF16', int64='I64', int32='I32', int8='I8',
@@ -703,16 +706,19 @@ def merge(run,             # folder of a run, or of an adapter
     routes = ['base'] + ['dequantized']*(record.get('adapter') == 'qlora') + ['half']
     done = Merged(Path(out), precision, 'peft')
     if changes is not None and all(m+'.weight' in shards.at for m in changes):
-        if prompts: done.distance = _distances(shards, tok, prompts, dtype, routes)
-        if prompts and not done.distance: print(f'{name} names its weights in a way of its own: no distance measured')
+        found = _measured(shards, tok, prompts, dtype, routes) if prompts else {}
+        if prompts and not found: print(f'{name} names its weights in a way of its own: no distance measured')
+        done.distance = {r: distance for r,(distance,_) in found.items()}
         done.route = route or min(routes[:-1], key=lambda r: done.distance.get(r, -routes.index(r)))
+        done.survival = found.get(done.route, (0, {}))[1]
     elif route: raise FtkitError(f"{folder}: this kind of adapter is merged by PEFT, which knows no route '{route}'")
     else: print('this kind of adapter is merged by PEFT, with the whole model in memory; the distance is not measured')
+    if done.distance: print(done)
     with _whole(out) as tmp:
         if done.route == 'peft': config = _with_peft(folder, name, tok, precision, tmp)
         else: done.survival,config = _write_merged(shards, dtype, done.route, tmp),shards.config
         config.dtype = dtype
         config.save_pretrained(tmp)
         _write_chat(tok, _generation(tok), tmp, model=str(name), adapter=None, precision=precision)
-    print(done)
+    if not done.distance: print(done)
     return done

@@ -319,3 +319,14 @@ def test_a_base_in_four_bits_needs_the_whole_one_to_merge(tmp_path):
     tuned(tmp_path, base=tmp_path/'four')
     with pytest.raises(FtkitError, match='is stored in few bits'): merge(tmp_path/'tuned', tmp_path/'merged')
     merge(tmp_path/'tuned', tmp_path/'merged', base=base)
+
+def test_what_it_costs_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    from ftkit import models
+    tuned(tmp_path)
+    def full(*args): raise OSError('disk full')
+    monkeypatch.setattr(models, '_write_merged', full)
+    with pytest.raises(FtkitError, match='nothing was saved'): merge(tmp_path/'tuned', tmp_path/'merged')
+    said = capsys.readouterr().out
+    assert 'KL from the adapter: base' in said and 'of the weights move' in said
+    monkeypatch.undo()
+    assert merge(tmp_path/'tuned', tmp_path/'merged', route='dequantized').route == 'dequantized' # also where nobody would
