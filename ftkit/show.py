@@ -190,7 +190,7 @@ def nf4_picture(weight,      # matrix
     scaled = weight.float().flatten()[:n].view(-1, block)/q.scales[:n//block,None].clamp(min=1e-30)
     fig,axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=80, layout='constrained')
     plt.close(fig)
-    axes[0].hist(scaled.flatten().numpy(), 120, (-1, 1), color='#9ca3af')
+    axes[0].hist(scaled.flatten().numpy(), 120, range=(-1, 1), color='#9ca3af')
     for x in levels(kind).tolist(): axes[0].axvline(x, color='#2d6a4f', lw=.8)
     axes[0].set(xlabel='weight / largest of its block', title=f'{kind.upper()}, blocks of {block}: {q.bits:.3f} bits')
     axes[1].hist(error.flatten().numpy(), 120, color='#b91c1c')
