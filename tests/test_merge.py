@@ -329,4 +329,5 @@ def test_what_it_costs_is_said_before_anything_is_written(tmp_path, monkeypatch,
     said = capsys.readouterr().out
     assert 'KL from the adapter: base' in said and 'of the weights move' in said
     monkeypatch.undo()
-    assert merge(tmp_path/'tuned', tmp_path/'merged', route='dequantized').route == 'dequantized' # also where nobody would
+    done = merge(tmp_path/'tuned', tmp_path/'merged', route='dequantized') # also where nobody would
+    assert done.route == 'dequantized' and done.survival
