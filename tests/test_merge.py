@@ -182,8 +182,9 @@ def test_a_model_of_2_gb_is_merged_in_little_memory(tmp_path, adapter='lora', pr
     print(f"{sum(sizes)/1e9:.2f} GB, largest file {max(sizes)/1e6:.0f} MB: {said['grown']/1e6:.0f} MB more; "
           f"{said['distance']}")
     assert said['grown'] < max(sizes) + 500e6
-    assert [f.stat().st_size for f in sorted((tmp_path/'merged').glob('*.safetensors'))] == [
-        f.stat().st_size for f in sorted((tmp_path/'base').glob('*.safetensors'))]
+    files = [sorted((tmp_path/name).glob('*.safetensors')) for name in ('base', 'merged')]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]]
+    assert all(abs(a.stat().st_size-b.stat().st_size) < 4096 for a,b in zip(*files)), 'but for their headers'
 
 def peft_folder(tmp_path, base, **options):
     "An adapter as PEFT writes it: no tokenizer, no record of ours; (folder, PEFT's model)"
