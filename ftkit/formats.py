@@ -525,9 +525,9 @@ def tables_dataset(tables,       # iterable of Arrow tables
     with ExitStack() as opened: # one file as long as the schema stays the same
         for table in tables:
             if table.schema != schema:
-                schema,file = table.schema,folder/f'{len(files)}.arrow'
-                writer = opened.enter_context(pa.ipc.new_stream(opened.enter_context(file.open('wb')), schema))
-                files.append(str(file))
+                schema,file = table.schema,str(folder/f'{len(files)}.arrow')
+                writer = opened.enter_context(pa.ipc.new_stream(opened.enter_context(pa.OSFile(file, 'wb')), schema))
+                files.append(file)
             writer.write_table(table, max_chunksize=1000)
     parts = [Dataset.from_file(file) for file in files]
     if not parts: return Dataset.from_dict({})

@@ -12,6 +12,7 @@ __all__ = ['pack', 'pack_dataset', 'Collator', 'leak', 'packable', 'padding']
 
 # %% ../nbs/14_pack.ipynb #477f50cd
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from .core import FtkitError
 from .formats import as_dataset
 from .lengths import PER_TOKEN, aligned, from_arrays
@@ -59,19 +60,21 @@ def _checked(lengths, max_length):
 def _assign(lengths, max_length):
     "The row of each document"
     import numpy as np
-    order,left = np.argsort(lengths, kind='stable'),np.bincount(lengths, minlength=max_length+1).tolist()
-    at = [0, *np.cumsum(left).tolist()] # the next document of each length
+    left = np.bincount(lengths, minlength=max_length+1).tolist()
     sizes = sum(1 << size for size,n in enumerate(left) if n)
-    row,n_rows = np.empty(len(lengths), np.int64),0
+    runs,n_rows = [],0
     while sizes:
         pattern = Counter(_pattern(left, sizes, max_length))
         times = min(left[size]//n for size,n in pattern.items())
         for size,n in pattern.items():
-            row[order[at[size]:at[size]+times*n]] = n_rows + np.arange(times*n)//n
-            at[size] += times*n
+            runs.append((size, n_rows, times*n, n))
             left[size] -= times*n
             if not left[size]: sizes ^= 1 << size
         n_rows += times
+    _,begin,many,each = np.array(sorted(runs), int).reshape(-1, 4).T
+    places = np.arange(len(lengths)) - np.repeat(many.cumsum()-many, many)
+    row = np.empty(len(lengths), int)
+    row[np.argsort(lengths, kind='stable')] = np.repeat(begin, many) + places//np.repeat(each, many)
     return row
 
 # %% ../nbs/14_pack.ipynb #67c501cf
@@ -92,20 +95,19 @@ def pack(lengths,   # tokens of each document
 
 # %% ../nbs/14_pack.ipynb #a5ed81d3
 def _views(ds):
-    "(column -> chunks of tokens, chunk of each document, its first token there, its length), without copying"
+    "(column -> chunks of tokens, column -> address of the first token of each document, lengths), without copying"
     import numpy as np
     columns = [c for c in PER_TOKEN if c in ds.column_names and c != 'position_ids']
     if 'input_ids' not in columns: raise FtkitError('these rows have no input_ids: encode_dataset first')
-    values,chunk,first,lengths,k = {c: [] for c in columns},[],[],[],0
+    values,address,lengths = {c: [] for c in columns},{c: [] for c in columns},[]
     for table in ds.select_columns(columns).with_format('arrow').iter(100_000):
         for arrays in zip(*(table[c].chunks for c in columns)):
             flat,counts = aligned(dict(zip(columns, arrays)))
-            for c in columns: values[c].append(flat[c])
-            chunk.append(np.full(len(counts), k))
-            first.append(counts.cumsum()-counts)
+            for c,v in flat.items():
+                values[c].append(v)
+                address[c].append(v.ctypes.data + v.itemsize*(counts.cumsum()-counts))
             lengths.append(counts)
-            k += 1
-    return values, *(np.concatenate(x) for x in (chunk, first, lengths))
+    return values, {c: np.concatenate(a) for c,a in address.items()}, np.concatenate(lengths)
 
 def _wrapped(lengths, max_length):
     "(document, its first token, tokens, pieces per row) when everything is cut every `max_length` tokens"
@@ -117,14 +119,32 @@ def _wrapped(lengths, max_length):
     return docs, edges-counts - (ends-lengths)[docs], counts, np.bincount((edges-1)//max_length)
 
 # %% ../nbs/14_pack.ipynb #86d08230
-def _rows(values, chunk, first, counts, max_length):
-    "(columns, where documents begin) of documents one after the other"
+def _ahead(items):
+    "The same items, the next one made while the last one is written"
+    with ThreadPoolExecutor(1) as pool:
+        items = iter(items)
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+def _reader(values, address, sizes):
+    "A function of a slice of the documents, which stand at these addresses, to their values one after the other"
+    import numpy as np, pyarrow as pa
+    kind,order = values[0].dtype,np.argsort(address)
+    edges = np.stack([address, address + kind.itemsize*sizes], 1)[order].ravel() # documents, and gaps between them
+    memory = pa.foreign_buffer(edges[0], edges[-1]-edges[0], values) # which stay alive as long as this
+    strings = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(edges)-1, [None, pa.py_buffer(edges-edges[0]), memory])
+    place = 2*np.argsort(order)
+    return lambda some: np.frombuffer(strings.take(pa.array(place[some])).buffers()[2], kind)
+
+def _rows(columns, counts, line):
+    "Columns of documents one after the other, with their positions; nobody predicts the first token of a document"
     import numpy as np
-    places,starts = list(zip(chunk.tolist(), first.tolist(), (first+counts).tolist())),counts.cumsum()-counts
-    out = {c: np.concatenate([v[k][a:b] for k,a,b in places]) for c,v in values.items()}
-    if 'labels' in out: out['labels'][starts] = -100
-    position = np.arange(counts.sum(), dtype=np.int32) - np.repeat(starts.astype(np.int32), counts)
-    return out | dict(position_ids=position.astype(np.int16) if max_length < 2**15 else position)
+    starts = counts.cumsum()-counts
+    if 'labels' in columns: columns['labels'][starts] = -100
+    return columns | dict(position_ids=line[:counts.sum()] - np.repeat(line[starts], counts))
 
 # %% ../nbs/14_pack.ipynb #4ec1801a
 def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
@@ -137,20 +157,22 @@ def pack_dataset(ds,             # `Dataset` with `input_ids` and `labels`
     if not hasattr(ds, 'column_names'): ds = as_dataset(ds)
     if not len(ds): raise FtkitError('no rows to pack: the data set is empty')
     if 'position_ids' in ds.column_names: raise FtkitError('these rows are packed already')
-    values,chunk,first,lengths = _views(ds)
+    values,address,lengths = _views(ds)
     _checked(lengths.clip(max=max_length), max_length)
     if strategy == 'wrapped': docs,inside,counts,sizes = _wrapped(lengths, max_length)
     else:
         docs,sizes = _filled(lengths, max_length)
         counts,inside = lengths[docs],0
-    chunk,first,ends = chunk[docs],first[docs]+inside,sizes.cumsum()
-    def blocks(rows=64):
+    read = {c: _reader(v, address[c][docs] + inside*v[0].itemsize, counts) for c,v in values.items()}
+    ends,rows = sizes.cumsum(),max(1, 200_000//max_length) # as many tokens as a processor's cache holds
+    line = np.arange(rows*max_length).astype(np.int16 if max_length < 2**15 else np.int32) # around and around
+    def blocks():
         for a in range(0, len(sizes), rows):
             some = sizes[a:a+rows]
             of = slice(ends[a]-sizes[a], ends[a]-sizes[a]+some.sum())
-            yield (_rows(values, chunk[of], first[of], counts[of], max_length),
+            yield (_rows({c: f(of) for c,f in read.items()}, counts[of], line),
                    np.add.reduceat(counts[of], some.cumsum()-some))
-    return from_arrays(blocks())
+    return from_arrays(_ahead(blocks()))
 
 # %% ../nbs/14_pack.ipynb #a93be66c
 class Collator:
