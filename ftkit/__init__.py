@@ -10,7 +10,7 @@ Modules:
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
-- `ftkit.logps`: How likely the model finds each token it should have written
+- `ftkit.logps`: How likely the model finds each token it should have written, without the matrix that does not fit
 - `ftkit.lora`: A small product beside a frozen matrix
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
 - `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
