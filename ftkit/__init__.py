@@ -6,9 +6,11 @@ Modules:
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it, `ftkit merge` makes one model of it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
+- `ftkit.dpo`: Learn from pairs of answers without a reward model, in fifteen ways
 - `ftkit.evaluate`: How many held-out questions are answered right
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
+- `ftkit.kto`: Learn from answers that were liked or not, one by one, without pairs
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
 - `ftkit.logps`: How likely the model finds each token it should have written, without the matrix that does not fit
 - `ftkit.lora`: A small product beside a frozen matrix
@@ -16,7 +18,10 @@ Modules:
 - `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
 - `ftkit.nf4`: Four bits for a weight, and QLoRA on top
+- `ftkit.orpo`: ORPO, SimPO and CPO: learn from pairs with one model in memory
 - `ftkit.pack`: Full rows instead of padding, and documents that cannot see each other
+- `ftkit.ppo`: The losses of PPO: a policy that may not move far, and a critic that says what was to be expected
+- `ftkit.reward`: A score for answers, learned from which of two people preferred
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers

@@ -29,6 +29,16 @@ def label_logps(logits, # what the model predicts after each token, shape (n, le
     return (picked - logits.logsumexp(-1)).masked_fill(~mask, 0), mask
 
 # %% ../nbs/30_logps.ipynb #90716921
+def _capped(logits, scale, softcap):
+    if scale != 1: logits = logits*scale
+    return softcap*(logits/softcap).tanh() if softcap else logits
+
+def _picked(logits, picks, smoothing):
+    "The logit of the label, or of a label that is a little of everything (Szegedy et al. 2015)"
+    picked = logits.gather(-1, picks)
+    return picked.lerp(logits.mean(-1, keepdim=True), smoothing) if smoothing else picked
+
+# %% ../nbs/30_logps.ipynb #9ff8d63e
 def _frozen():
     "The log-probabilities under a head that is not trained, as a function of the hidden states"
     import torch
@@ -36,7 +46,7 @@ def _frozen():
 
     class Frozen(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, bias, targets, chunk, scale, softcap, entropy):
+        def forward(ctx, hidden, weight, bias, targets, chunk, scale, softcap, smoothing, entropy):
             logps,spread = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
             top1 = torch.empty_like(targets, dtype=torch.bool)
             ctx.slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -45,34 +55,32 @@ def _frozen():
                 logits = _capped(linear(hidden[some], weight, bias).float(), scale, softcap)
                 bend = 1 - (logits/softcap)**2 if softcap else 1
                 best,at = logits.max(-1, keepdim=True)
-                picked = logits.gather(-1, picks)
+                picked = _picked(logits, picks, smoothing)
                 p = torch.softmax(logits, -1, out=logits)
                 logps[some] = (picked - best + p.gather(-1, at).log()).squeeze(-1)
                 top1[some] = (at == picks).squeeze(-1)
                 if entropy: spread[some] = torch.special.entr(p).sum(-1)
                 if ctx.slope is None: continue
-                p.scatter_add_(-1, picks, p.new_full(picks.shape, -1))
+                if smoothing: p.sub_(smoothing/p.shape[-1])
+                p.scatter_add_(-1, picks, p.new_full(picks.shape, smoothing-1))
                 ctx.slope[some] = linear((p*bend*-scale if softcap else p.mul_(-scale)).to(weight.dtype), weight.T)
             ctx.mark_non_differentiable(spread, top1)
             return logps, spread, top1
 
         @staticmethod
-        def backward(ctx, grad, *_): return (grad[:, None]*ctx.slope).to(ctx.slope.dtype), *[None]*7
+        def backward(ctx, grad, *_): return (grad[:, None]*ctx.slope).to(ctx.slope.dtype), *[None]*8
     return Frozen
 
 # %% ../nbs/30_logps.ipynb #3a0b52f5
 Scores = namedtuple('Scores', 'logps entropy top1')
 
-def _capped(logits, scale, softcap):
-    if scale != 1: logits = logits*scale
-    return softcap*(logits/softcap).tanh() if softcap else logits
-
-def _scored(hidden, layer, targets, scale, softcap, entropy):
+def _scored(hidden, layer, targets, scale, softcap, smoothing, entropy):
     "The plain formula for one chunk"
     logits = _capped(layer(hidden).float(), scale, softcap)
     whole = logits.logsumexp(-1)
     spread = whole - (logits.softmax(-1)*logits).sum(-1) if entropy else whole.detach()
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - whole, spread, logits.argmax(-1) == targets
+    logps = _picked(logits, targets[:, None], smoothing).squeeze(-1) - whole
+    return logps, spread, logits.argmax(-1) == targets
 
 def _is_frozen(layer):
     from torch.nn import Linear
@@ -85,6 +93,7 @@ def score(hidden,        # hidden states of the positions to score, shape (m, d)
           chunk=256,     # positions whose logits exist at a time; 256 x 150,000 in fp32 are 150 MB
           scale=1.,      # of the logits
           softcap=None,  # of the logits, as in Gemma 2
+          smoothing=0.,  # share of every target that is spread evenly over the vocabulary
           entropy=False  # also the entropy at each position: True, or 'value', which is cheaper and has no gradient
          ):              # `Scores(logps, entropy, top1)`, each of shape (m,), in fp32; top1: is it the likeliest token?
     "Log-probabilities of tokens from hidden states, never holding more than a chunk of logits"
@@ -92,9 +101,10 @@ def score(hidden,        # hidden states of the positions to score, shape (m, d)
     from torch.utils.checkpoint import checkpoint
     if chunk < 1: raise FtkitError(f'chunk={chunk}: must be at least 1')
     if _is_frozen(layer) and (entropy is not True or not torch.is_grad_enabled()):
-        logps,spread,top1 = _frozen().apply(hidden, layer.weight, layer.bias, targets, chunk, scale, softcap, entropy)
+        logps,spread,top1 = _frozen().apply(
+            hidden, layer.weight, layer.bias, targets, chunk, scale, softcap, smoothing, entropy)
     else:
-        parts = [checkpoint(_scored, h, layer, t, scale, softcap, bool(entropy), use_reentrant=False)
+        parts = [checkpoint(_scored, h, layer, t, scale, softcap, smoothing, bool(entropy), use_reentrant=False)
                  for h,t in zip(hidden.split(chunk), targets.split(chunk))]
         logps,spread,top1 = map(torch.cat, zip(*parts))
         if entropy == 'value': spread = spread.detach()
@@ -106,7 +116,7 @@ def token_logps(hidden,       # hidden states, shape (n, length, d)
                 labels,       # the tokens to learn, -100 where there is nothing to learn, shape (n, length)
                 chunk=256,    # positions whose logits exist at a time
                 entropy=False, # also return the entropy at each token: True, or 'value' for one without gradient
-                **options     # of `score`: `scale`, `softcap`
+                **options     # of `score`: `scale`, `softcap`, `smoothing`
                ):             # log-probabilities, shape (n, length-1), or (log-probabilities, entropies)
     "Log-probability of each label, in fp32, 0 where it is -100: `label_logps` without the logits"
     mask = labels[:, 1:] != -100

@@ -1,7 +1,7 @@
 """The loss of learning from examples: make the given answer likely
 
-`sft_loss` is the negative log-likelihood of each example's answer. Divide the batch's sum by the number of
-trained tokens for the mean per token that trainers report.
+`sft_loss` is the negative log-likelihood of each example's answer, plain or weighted token by token. Divide the sum of
+all examples of a step by the number of trained tokens for the mean per token that trainers report.
 
 Docs: https://ftkit.github.io/ftkit/sft.html.md"""
 
@@ -11,8 +11,14 @@ Docs: https://ftkit.github.io/ftkit/sft.html.md"""
 __all__ = ['sft_loss']
 
 # %% ../nbs/31_sft.ipynb #84bdbfa9
+from .core import FtkitError
+
+# %% ../nbs/31_sft.ipynb #4729d49c
 def sft_loss(per_token_logps, # log-probability of each token, shape (n, length)
-             mask             # True where a token is trained, shape (n, length)
+             mask,            # which tokens are trained, or the weight of each, shape (n, length)
+             loss_type='nll'  # or 'dft', which trains a token the less, the less likely it is
             ):                # summed negative log-likelihood of each example, shape (n,)
-    "Negative log-likelihood of the answer (Radford et al. 2018, eq. 4)"
+    "Negative log-likelihood of the answer (Radford et al. 2018, eq. 4), or DFT (Wu et al. 2025)"
+    if loss_type not in ('nll', 'dft'): raise FtkitError(f"loss_type '{loss_type}' is unknown: use nll or dft")
+    if loss_type == 'dft': mask = mask*per_token_logps.detach().exp()
     return -(per_token_logps * mask).sum(-1)

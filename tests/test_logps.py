@@ -97,6 +97,18 @@ def test_entropy_has_its_gradient(trained):
     torch.testing.assert_close(value, p.entropy(), atol=1e-6, rtol=1e-6)
     assert not value.requires_grad
 
+@pytest.mark.parametrize('trained', [False, True])
+def test_smoothing_equals_torchs(trained):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 50).requires_grad_(trained)
+    hidden,targets = torch.randn(20, 16, requires_grad=True),torch.randint(50, (20,))
+    ours = score(hidden, layer, targets, chunk=6, smoothing=.2, scale=.7).logps
+    theirs = -torch.nn.functional.cross_entropy(.7*layer(hidden), targets, label_smoothing=.2, reduction='none')
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    weights = torch.randn(20)
+    slopes = [torch.autograd.grad((x*weights).sum(), hidden)[0] for x in (ours, theirs)]
+    torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-5)
+
 class Largest(TorchDispatchMode):
     "The number of elements of the largest tensor that any operation makes"
     seen = 0
@@ -120,7 +132,7 @@ def test_the_whole_matrix_never_exists(trained):
     assert chunked == 20*5000 and plain == 2*101*5000
 
 def test_nothing_is_computed_twice_under_a_frozen_head():
-    "Two products with the head for value and gradient, where the plain way back through logits needs two and their matrix"
+    "Two products with the head for value and gradient, and no more"
     from torch.utils.flop_counter import FlopCounterMode
     layer = torch.nn.Linear(8, 5000, bias=False).requires_grad_(False)
     hidden,targets = torch.randn(100, 8, requires_grad=True),torch.randint(5000, (100,))
