@@ -173,6 +173,7 @@ def hidden_states(model,   # causal language model, adapted or wrapped or not
         seen.append(hidden)
         return hidden[..., :1]
     with _forward(head.layer, look): model(**inputs)
+    if not seen: raise FtkitError(f'{type(model).__name__} does not call its output head')
     return seen[0]
 
 def head(model,     # causal language model
@@ -190,5 +191,6 @@ def head(model,     # causal language model
         with torch.no_grad():
             mine = found.score(hidden_states(model, found, input_ids=ids)[0, :-1], ids[0, 1:]).logps
             whole = label_logps(model(input_ids=ids).logits, ids)[0][0]
+    except FtkitError: return Head(None)
     finally: model.train(training)
     return found if mine.shape == whole.shape and (mine-whole).abs().max() <= limit else Head(None)

@@ -13,14 +13,14 @@ def settings(out):
                 lr_scheduler_type='linear', warmup_steps=5, weight_decay=0., logging_steps=1, seed=0, use_cpu=True,
                 bf16=False, report_to='none', save_strategy='no', disable_tqdm=True)
 
-def losses(log): return torch.tensor([entry['loss'] for entry in log if 'loss' in entry])
+def losses(log, name='loss'): return torch.tensor([entry[name] for entry in log if 'loss' in entry])
 
 def chat_model():
     tok,model = tiny()
     set_template(tok)
     return tok, model
 
-def trl_losses(data, out, **extra):
+def trl_losses(data, out, name='loss', **extra):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     tok,model = chat_model()
@@ -29,24 +29,33 @@ def trl_losses(data, out, **extra):
     ds = Dataset.from_list([dict(messages=r['messages']) for r in data])
     trainer = SFTTrainer(model, config, train_dataset=ds, processing_class=tok)
     trainer.train()
-    return losses(trainer.state.log_history)
+    return losses(trainer.state.log_history, name)
 
-def ftkit_losses(data, out, **extra):
+def ftkit_losses(data, out, name='loss', **extra):
     from ftkit.train import train
     tok,model = chat_model()
     options = {k:v for k,v in settings(out).items() if k != 'output_dir'}
-    return losses(train(model, tok, data, out=out, **{**options, **extra}).log)
+    return losses(train(model, tok, data, out=out, **{**options, **extra}).log, name)
 
 FOUR_TIMES_TWO = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
 
-@pytest.mark.parametrize('extra', [{}, FOUR_TIMES_TWO], ids=['batch of 8', '4 times 2'])
+KINDS = {'batch of 8': {}, '4 times 2': FOUR_TIMES_TWO, 'dft': dict(loss_type='dft'),
+         'smoothed': dict(label_smoothing_factor=.1)}
+
+@pytest.mark.parametrize('extra', KINDS.values(), ids=KINDS.keys())
 def test_sft_equals_trl_at_every_step(tmp_path, extra):
     data = rows(200)
     ours,theirs = ftkit_losses(data, tmp_path/'ours', **extra),trl_losses(data, tmp_path/'theirs', **extra)
     assert len(ours) == STEPS
     print(f'largest difference over {STEPS} steps: {(ours-theirs).abs().max():.1e}')
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert ours[0] > 5 and ours[-1] < ours[0]-1, 'a run that learns nothing would compare nothing'
+    assert (ours[0] > 5 and ours[-1] < ours[0]-1) or 'loss_type' in extra, 'a run that learns nothing compares nothing'
+
+def test_token_accuracy_equals_trls(tmp_path):
+    data,name = rows(200),'mean_token_accuracy'
+    ours,theirs = ftkit_losses(data, tmp_path/'ours', name),trl_losses(data, tmp_path/'theirs', name)
+    assert ours[-1] > ours[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 def test_a_different_mask_is_noticed(tmp_path, monkeypatch):
     from ftkit.mask import encode_dataset
