@@ -1,0 +1,123 @@
+"""LoRA on packed chat data, a large vocabulary, a CPU: tokens per second and peak memory, beside TRL's SFTTrainer
+
+    python bench/sft.py [STEPS]
+
+The model has the shape of Qwen2.5-0.5B cut to four layers, random weights; prompts are masked; rows of 1,024 tokens,
+two a step. TRL runs with its chunked loss and packing 'bfd'. Each side runs in a process of its own, in turns, twice; the
+better run counts. Torch counts the work of a step on our side; its share of the rate at which the machine multiplies
+matrices says how far there is to go. Seven minutes. Prints one line per side; writes bench/sft.json.
+"""
+import os
+os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
+import json, resource, subprocess, sys, tempfile, time
+from pathlib import Path
+import torch
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1]/'shared'/'data'
+LENGTH,BATCH = 1024,2
+
+def model():
+    "A random Qwen2.5-0.5B of four layers"
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=4,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True))
+
+def adapted():
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model(), LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM'))
+
+def tokenizer():
+    "Qwen's where the shared data are, ftkit's own where not"
+    from transformers import AutoTokenizer
+    from ftkit.chat import set_template
+    from ftkit.models import load_tokenizer
+    tok = AutoTokenizer.from_pretrained(SHARED/'tokenizers'/'qwen3') if SHARED.is_dir() else load_tokenizer('embedded')
+    set_template(tok, 'chatml')
+    return tok
+
+def encoded(tok):
+    from ftkit.formats import load
+    from ftkit.lengths import cut_dataset
+    from ftkit.mask import encode_dataset
+    path = SHARED/'datasets'/'alpaca_gpt4_en_demo.jsonl'
+    return cut_dataset(encode_dataset(tok, load(path) if path.exists() else load('tasks')), LENGTH, 'right')[0]
+
+def rate():
+    "Multiplications and additions per second of a product as in a layer"
+    a,b = torch.randn(BATCH*LENGTH, 896),torch.randn(896, 4864)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a@b
+        times.append(time.perf_counter()-start)
+    return 2*a.numel()*b.shape[1]/min(times)
+
+def work(tok, packed):
+    "Multiplications and additions of a step"
+    from torch.utils.flop_counter import FlopCounterMode
+    from ftkit.logps import head
+    from ftkit.pack import Collator
+    from ftkit.train import OBJECTIVES
+    net = adapted()
+    top,batch = head(net),Collator(tok)([packed[i] for i in range(BATCH)])
+    with FlopCounterMode(display=False) as counter: OBJECTIVES['sft'].loss(net, top, batch).losses.sum().backward()
+    return counter.get_total_flops()
+
+def one(which, steps, folder):
+    "Print a run's figures as JSON"
+    tok = tokenizer()
+    data = encoded(tok)
+    options = dict(per_device_train_batch_size=BATCH, learning_rate=2e-4, logging_steps=1, save_strategy='no', seed=0)
+    if which == 'ftkit':
+        from ftkit.pack import pack_dataset
+        from ftkit.train import train
+        packed,net = pack_dataset(data, LENGTH),adapted()
+        def run(n): return train(net, tok, packed, out=f'{folder}/ftkit', overwrite=True, max_steps=n, **options).log
+    else:
+        from trl import SFTConfig, SFTTrainer
+        net = adapted()
+        def run(n):
+            args = SFTConfig(f'{folder}/trl', max_steps=n, **options, max_length=LENGTH, packing=True, use_cpu=True,
+                             bf16=False, gradient_checkpointing=False, report_to='none', disable_tqdm=True)
+            trainer = SFTTrainer(net, args, train_dataset=data.select_columns(['input_ids', 'labels']),
+                                 processing_class=tok)
+            nonlocal start
+            start = time.perf_counter()
+            trainer.train()
+            return trainer.state.log_history
+    start = 0
+    run(1)
+    start = time.perf_counter()
+    log = run(steps)
+    seconds = (time.perf_counter()-start)/steps
+    losses = [e['loss'] for e in log if 'loss' in e]
+    print(json.dumps(dict(seconds=seconds, first=losses[0], last=losses[-1],
+                          peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))
+
+def main(steps='3'):
+    sides = dict(ftkit=[], trl=[])
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            for which,runs in sides.items():
+                out = subprocess.check_output([sys.executable, __file__, which, steps, folder], text=True)
+                runs.append(json.loads(out.splitlines()[-1]))
+    from ftkit.pack import pack_dataset
+    tok = tokenizer()
+    packed = pack_dataset(encoded(tok), LENGTH)
+    flops,limit = work(tok, packed),rate()
+    trained = sum(l != -100 for i in range(50) for l in packed[i]['labels'])/50/LENGTH
+    best = {which: min(runs, key=lambda r: r['seconds']) for which,runs in sides.items()}
+    for which,r in best.items():
+        print(f"{which}: {BATCH*LENGTH/r['seconds']:,.0f} tokens/s, peak {r['peak']/2**30:.2f} GiB, "
+              f"{flops/r['seconds']/limit:.0%} of the matmul rate, loss {r['first']:.3f} to {r['last']:.3f}")
+    ours,theirs = best['ftkit'],best['trl']
+    faster,memory = theirs['seconds']/ours['seconds'],ours['peak']/theirs['peak']
+    print(f"{faster:.2f} times TRL's tokens/s, {memory:.2f} of its memory; "
+          f'{flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s, {trained:.0%} of the tokens trained')
+    (HERE/'sft.json').write_text(json.dumps(dict(sides=sides, flops=flops, rate=limit, trained=trained), indent=1))
+
+if __name__ == '__main__':
+    if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    else: main(*sys.argv[1:])
