@@ -3,9 +3,9 @@
     python bench/sft.py [STEPS]
 
 The model has the shape of Qwen2.5-0.5B cut to four layers, random weights; prompts are masked; rows of 1,024 tokens,
-two a step. TRL runs with its chunked loss and packing 'bfd'. Each side runs in a process of its own, in turns, twice; the
-better run counts. Torch counts the work of a step on our side; its share of the rate at which the machine multiplies
-matrices says how far there is to go. Seven minutes. Prints one line per side; writes bench/sft.json.
+two a step. TRL runs with its chunked loss and packing 'bfd'. Each side runs in a process of its own, in turns, twice;
+the better run counts. Torch counts the work of a step on our side; its share of the rate at which the machine
+multiplies matrices says how far there is to go. Seven minutes. Prints one line per side; writes bench/sft.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
