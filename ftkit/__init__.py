@@ -10,6 +10,7 @@ Modules:
 - `ftkit.evaluate`: How many held-out questions are answered right
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
+- `ftkit.hparams`: Where to start, what is out of range, and who says so
 - `ftkit.kto`: Learn from answers that were liked or not, one by one, without pairs
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
 - `ftkit.logps`: How likely the model finds each token it should have written, without the matrix that does not fit
