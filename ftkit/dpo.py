@@ -89,6 +89,7 @@ DIVERGENCES = dict(reverse_kl=lambda ratio: ratio, forward_kl=lambda ratio: 1 - 
 def _weights(loss_type, loss_weights):
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     unknown = [n for n in names if n not in VARIANTS]
+    if not names or len(set(names)) < len(names): raise FtkitError(f'loss_type {names}: name each variant once')
     if unknown: raise FtkitError(f"loss_type '{unknown[0]}' is unknown: use one of {', '.join(VARIANTS)}")
     loss_weights = [1.]*len(names) if loss_weights is None else list(loss_weights)
     if len(names) != len(loss_weights): raise FtkitError(
@@ -146,5 +147,5 @@ def preference_metrics(chosen_logps,       # log-probability of each preferred a
              'logps/chosen': chosen_logps.detach(), 'logps/rejected': rejected_logps.detach()}
     if lengths is None: return found
     a,b = (n.clamp(min=1) for n in lengths)
-    return found | {'logps/chosen_per_token': found['logps/chosen']/a, 'lengths/gap': (a-b).float(),
+    return found | {'logps/chosen_per_token': found['logps/chosen']/a, 'lengths/gap': (lengths[0]-lengths[1]).float(),
                     'logps/rejected_per_token': found['logps/rejected']/b}

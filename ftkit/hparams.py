@@ -192,7 +192,7 @@ def recommend(method='sft',    # sft, dpo, kto, orpo or reward
     if method != 'sft': values['learning_rate'] = (values['learning_rate'][0]*methods[method],
         f'{methods[method]:g} of that for sft: a preference needs a small step; ours, no source has a number')
     if method in ('dpo', 'kto', 'orpo'): values['beta'] = (.1, 'n165')
-    most = int(min(per_device or math.inf, ranges['per_device_train_batch_size'].high))
+    most = int(min(math.inf if per_device is None else per_device, ranges['per_device_train_batch_size'].high))
     target = 16*gpus
     split = solve_batch(target, gpus, most)[0]
     batch = f'{target} rows a step, as many at a time as n054 to n056 allow' + (' and fit' if per_device else '')

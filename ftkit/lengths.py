@@ -40,7 +40,7 @@ def aligned(lists # dict of column -> Arrow array of lists, `labels` before `wei
             full[np.repeat(own > 0, lengths)] = values
             own,values = np.where(own > 0, own, lengths),full
         if (own != lengths).any(): raise FtkitError(f"'{c}' has not as many values as 'input_ids' in every row")
-        flat[c] = values
+        flat[c] = values.astype(np.float32, copy=False) if c == 'weights' else values
     return flat, lengths
 
 # %% ../nbs/13_lengths.ipynb #5d040ec8

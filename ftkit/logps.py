@@ -84,7 +84,8 @@ def _scored(hidden, layer, targets, scale, softcap, smoothing, entropy):
 
 def _is_frozen(layer):
     from torch.nn import Linear
-    return type(layer) is Linear and not any(p.requires_grad for p in layer.parameters())
+    plain = type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return plain and not any(p.requires_grad for p in layer.parameters())
 
 # %% ../nbs/30_logps.ipynb #1e7b6345
 def score(hidden,        # hidden states of the positions to score, shape (m, d)
@@ -100,6 +101,8 @@ def score(hidden,        # hidden states of the positions to score, shape (m, d)
     import torch
     from torch.utils.checkpoint import checkpoint
     if chunk < 1: raise FtkitError(f'chunk={chunk}: must be at least 1')
+    if not 0 <= smoothing < 1: raise FtkitError(f'smoothing={smoothing}: must be in [0, 1)')
+    if len(hidden) != len(targets): raise FtkitError(f'{len(hidden)} hidden states for {len(targets)} targets')
     if _is_frozen(layer) and (entropy is not True or not torch.is_grad_enabled()):
         logps,spread,top1 = _frozen().apply(
             hidden, layer.weight, layer.bias, targets, chunk, scale, softcap, smoothing, entropy)
@@ -177,7 +180,7 @@ def hidden_states(model,   # causal language model, adapted or wrapped or not
     return seen[0]
 
 def head(model,     # causal language model
-         limit=1e-3 # largest difference of a log-probability from the model's own that is allowed
+         limit=1e-3 # largest difference of a log-probability from the model's own that is allowed, besides rounding
         ):          # `Head`
     "The head of a model, measured to be all of it"
     import torch
@@ -190,7 +193,9 @@ def head(model,     # causal language model
     try:
         with torch.no_grad():
             mine = found.score(hidden_states(model, found, input_ids=ids)[0, :-1], ids[0, 1:]).logps
-            whole = label_logps(model(input_ids=ids).logits, ids)[0][0]
+            logits = model(input_ids=ids).logits
+            whole = label_logps(logits, ids)[0][0]
+            limit += 4*torch.finfo(logits.dtype).eps*logits.abs().max().item()
     except FtkitError: return Head(None)
     finally: model.train(training)
     return found if mine.shape == whole.shape and (mine-whole).abs().max() <= limit else Head(None)

@@ -131,6 +131,7 @@ def _ahead(items):
 def _reader(values, address, sizes):
     "A function of a slice of the documents, which stand at these addresses, to their values one after the other"
     import numpy as np, pyarrow as pa
+    # only the strings that are documents may ever be read: what lies between them belongs to somebody else
     kind,order = values[0].dtype,np.argsort(address)
     edges = np.stack([address, address + kind.itemsize*sizes], 1)[order].ravel() # documents, and gaps between them
     memory = pa.foreign_buffer(edges[0], edges[-1]-edges[0], values) # which stay alive as long as this

@@ -22,11 +22,13 @@ def gae(rewards,  # of each token, shape (n, length)
        ):         # (advantages, returns), both of shape (n, length), without gradient, 0 where there is no token
     "Generalised advantage estimation (Schulman et al. 2015, eq. 16)"
     import torch
-    values = values.detach()*mask
-    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    surprise = (rewards + gamma*after - values)*mask
-    advantages,later = torch.zeros_like(values),torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])): later = advantages[:, t] = surprise[:, t] + gamma*lam*later
+    values,advantages = values.detach(),torch.zeros_like(values)
+    later,after = advantages.new_zeros(2, len(values)) # the next token's advantage and value; a gap hands them on
+    for t in reversed(range(values.shape[1])):
+        advantage = rewards[:, t] + gamma*after - values[:, t] + gamma*lam*later
+        new,old = torch.stack([advantage, values[:, t]]),torch.stack([later, after])
+        later,after = torch.where(mask[:, t].bool(), new, old)
+        advantages[:, t] = advantage
     return advantages*mask, (advantages + values)*mask
 
 # %% ../nbs/36_ppo.ipynb #5f7d68ff
@@ -40,7 +42,7 @@ def ppo_loss(logps,      # log-probability of each token, shape (n, length)
     import torch
     below,above = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     if below < 0 or above < 0: raise FtkitError(f'clip={clip}: must not be negative')
-    ratio = (logps - old_logps).exp()
+    ratio = ((logps - old_logps)*mask).exp() # 1 where nothing is trained
     gain = torch.minimum(ratio*advantages, ratio.clamp(1-below, 1+above)*advantages)
     return -(gain*mask).sum(-1)
 

@@ -70,13 +70,20 @@ def _trainer(loss, *args, **kwargs):
             super().__init__(*args, **kwargs)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            self.head = self.head or head(self.accelerator.unwrap_model(model))
-            with self.accelerator.autocast(): found = loss(model, self.head, inputs)
+            with self.accelerator.autocast():
+                self.head = self.head or self._measured(self.accelerator.unwrap_model(model))
+                found = loss(model, self.head, inputs)
             total,several = found.losses.sum(),num_items_in_batch is not None
             self._add('train' if model.training else 'eval', found.metrics | dict(loss=(total, found.count)))
-            mean = total / (num_items_in_batch if several else found.count)
+            count = num_items_in_batch if several else found.count
+            mean = total / (count + (count == 0)) # nothing to train costs nothing
             if several and self.args.average_tokens_across_devices: mean = mean*self.accelerator.num_processes
             return (mean, {}) if return_outputs else mean
+
+        def _measured(self, model):
+            top = head(model)
+            if top.layer is None: print(f'{type(model).__name__} makes its logits in its own way: they are kept whole')
+            return top
 
         def _add(self, mode, metrics):
             import torch
@@ -100,9 +107,10 @@ def _trainer(loss, *args, **kwargs):
             return out
 
         def _get_num_items_in_batch(self, batches, device):
-            if not any('weights' in b for b in batches): return super()._get_num_items_in_batch(batches, device)
-            share = [b['weights'][:,1:] if 'weights' in b else 1. for b in batches]
-            return sum(((b['labels'][:,1:] != -100)*w).sum() for b,w in zip(batches, share)).to(device)
+            share = [b['weights'][:,1:] if 'weights' in b else 1 for b in batches]
+            count = sum(((b['labels'][:,1:] != -100)*w).sum() for b,w in zip(batches, share)).to(device)
+            several = self.args.average_tokens_across_devices and self.args.world_size > 1
+            return self.accelerator.gather(count).sum() if several else count
 
     return ObjectiveTrainer(*args, compute_loss_func=loss, **kwargs)
 
@@ -195,9 +203,9 @@ def _arguments(out, precision, options, evaluate, fresh):
     from transformers import TrainingArguments
     device = Device.detect()
     if precision not in ('fp32', 'fp16', 'bf16'): raise FtkitError(f"precision '{precision}' is not fp32, fp16 or bf16")
-    max_steps = options.get('max_steps', 150)
+    max_steps = options.get('max_steps', -1 if 'num_train_epochs' in options else 150)
     often = max(1, min(50, max_steps//5)) if max_steps > 0 else 50
-    defaults = dict(max_steps=150, per_device_train_batch_size=8, per_device_eval_batch_size=32,
+    defaults = dict(max_steps=max_steps, per_device_train_batch_size=8, per_device_eval_batch_size=32,
         learning_rate=2e-4, lr_scheduler_type='linear', warmup_steps=5, weight_decay=0.,
         logging_steps=1, save_steps=often, save_total_limit=2, report_to='none', disable_tqdm=True,
         eval_strategy='steps' if evaluate else 'no', eval_steps=often, eval_on_start=evaluate and fresh,
@@ -240,6 +248,18 @@ def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     return packed
 
 # %% ../nbs/40_train.ipynb #61c21392
+def _try(trainer, data):
+    "One row through the loss, leaving nothing behind"
+    import torch
+    if not hasattr(data, '__len__'): return
+    model,training = trainer.model,trainer.model.training
+    model.eval()
+    try:
+        with torch.no_grad(): trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator([data[0]])))
+    finally: model.train(training)
+    trainer.sums['eval'].clear()
+
+# %% ../nbs/40_train.ipynb #e10cfd76
 def train(model,           # from `load_model`
           tok,             # its tokenizer
           data,            # `Dataset`, stream or list of rows of a kind that `encode_dataset` takes, or of its result
@@ -252,7 +272,7 @@ def train(model,           # from `load_model`
           precision='fp32',# of the arithmetic: 'bf16' and 'fp16' use autocast, on GPUs that have them
           resume=False,    # go on from the newest checkpoint in `out`, if there is one
           overwrite=False, # delete an earlier run in `out`
-          **options        # of `transformers.TrainingArguments`, or of the objective: 'sft' has `loss_type`
+          **options        # of `transformers.TrainingArguments`, or of the objective: `loss_type`, for instance
          ):                # `Run`
     "Train and save under `out`; raises `FtkitError` before anything is written if data or options are wrong"
     from transformers import PrinterCallback
@@ -276,6 +296,7 @@ def train(model,           # from `load_model`
         trainer.get_train_dataloader()
     except ValueError as e: raise FtkitError(f'training options: {e}') from e
     trainer.remove_callback(PrinterCallback)
+    _try(trainer, data)
     if not checkpoint: _remove(run_files(out))
     out.mkdir(parents=True, exist_ok=True)
     no_bars()

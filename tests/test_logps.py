@@ -161,3 +161,26 @@ def test_nothing_to_score():
         out = token_logps(hidden, layer, torch.full((1, 5), -100))
         assert out.shape == (1, 4) and not out.any()
         out.sum().backward()
+
+def test_bf16_training_keeps_the_head_apart(tmp_path, capsys):
+    "Measured in the arithmetic of the run: on the embedded model, in bf16, the logits are not kept"
+    from ftkit.models import load_model, load_tokenizer
+    from ftkit.tasks import rows
+    from ftkit.train import train
+    tok = load_tokenizer('embedded')
+    for precision in ('fp32', 'bf16'):
+        model = load_model('embedded', tok, 'lora', precision)
+        run = train(model, tok, rows(32), out=tmp_path/precision, precision=precision, max_steps=2)
+        assert run.log[0]['loss'] > 1
+    assert 'kept whole' not in capsys.readouterr().out
+
+def test_a_model_that_makes_logits_in_its_own_way_is_named(tmp_path, capsys):
+    from ftkit.chat import set_template
+    from ftkit.tasks import rows
+    from ftkit.tiny import tiny
+    from ftkit.train import train
+    tok,model = tiny()
+    set_template(tok)
+    model.config.logit_scale = 3. # which Llama does not know
+    train(model, tok, rows(32), out=tmp_path/'run', max_steps=1)
+    assert 'kept whole' in capsys.readouterr().out

@@ -148,3 +148,21 @@ def test_training_from_a_stream(tmp_path):
     with pytest.raises(FtkitError, match='cannot be packed'):
         stream = load(tmp_path/'rows.jsonl', streaming=True)
         train(model, tok, stream, out=tmp_path/'endless', packing=True, max_length=99)
+
+def test_weights_of_two_types_pack_alike():
+    "A row without weights among rows of 64-bit ones: each is read as what it is"
+    from datasets import Dataset, concatenate_datasets
+    rows = [dict(input_ids=[1, 2, 3], labels=[1, 2, 3], weights=[.5, .25, .125])]
+    empty = [dict(input_ids=[4, 5], labels=[4, 5], weights=[])]
+    whole = Dataset.from_list(rows)
+    mixed = Dataset.from_list(empty + rows)
+    for parts in ((whole, mixed), (mixed, whole)):
+        packed = pack_dataset(concatenate_datasets(parts), 8)
+        assert sorted(packed[0]['weights']) == [.125, .125, .25, .25, .5, .5, 1, 1]
+
+def test_a_data_set_twice_is_packed_twice():
+    "Documents that stand at the same address"
+    from datasets import Dataset, concatenate_datasets
+    ds = Dataset.from_list([dict(input_ids=[k]*n, labels=[k]*n) for k,n in ((3, 2), (4, 5), (5, 1))])
+    ids = sorted(i for row in pack_dataset(concatenate_datasets([ds, ds]), 8)['input_ids'] for i in row)
+    assert ids == [3]*4 + [4]*10 + [5]*2
