@@ -83,15 +83,14 @@ def one(which, steps, folder):
                              bf16=False, gradient_checkpointing=False, report_to='none', disable_tqdm=True)
             trainer = SFTTrainer(net, args, train_dataset=data.select_columns(['input_ids', 'labels']),
                                  processing_class=tok)
-            nonlocal start
-            start = time.perf_counter()
             trainer.train()
             return trainer.state.log_history
-    start = 0
+    def timed(n):
+        start = time.perf_counter()
+        return run(n), time.perf_counter()-start
     run(1)
-    start = time.perf_counter()
-    log = run(steps)
-    seconds = (time.perf_counter()-start)/steps
+    one_step,(log,all_steps) = timed(1)[1],timed(steps+1)
+    seconds = (all_steps-one_step)/steps # without what is done once
     losses = [e['loss'] for e in log if 'loss' in e]
     print(json.dumps(dict(seconds=seconds, first=losses[0], last=losses[-1],
                           peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))

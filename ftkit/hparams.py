@@ -185,17 +185,18 @@ def recommend(method='sft',    # sft, dpo, kto, orpo or reward
               per_device=None  # the most rows that fit on one; the tables' if None
              ):                # `Recommendation`
     "Settings to start from, each with its reason"
-    methods = dict(sft=1, dpo=.1, kto=.1, orpo=.1, reward=.5)
-    if method not in methods: raise FtkitError(f"method '{method}' is unknown: use one of {', '.join(methods)}")
+    rates = dict(dpo=1e-6, kto=1e-6, orpo=1e-6, reward=1e-4)
+    if method not in {'sft', *rates}: raise FtkitError(f"method '{method}' is unknown: use sft, {', '.join(rates)}")
     ranges = _ranges(adapter)
     values = _adapter_values(adapter)
-    if method != 'sft': values['learning_rate'] = (values['learning_rate'][0]*methods[method],
-        f'{methods[method]:g} of that for sft: a preference needs a small step; ours, no source has a number')
+    if method == 'reward': values['learning_rate'] = rates[method],"TRL 1.16's default"
+    elif method != 'sft': values['learning_rate'] = (rates[method]*(1 if adapter == 'full' else 10),
+        "TRL 1.16's default, for full tuning; ten times that for adapters, as n045 is to n047")
     if method in ('dpo', 'kto', 'orpo'): values['beta'] = (.1, 'n165')
     most = int(min(math.inf if per_device is None else per_device, ranges['per_device_train_batch_size'].high))
-    target = 16*gpus
+    target = 32 if 32 % gpus == 0 else gpus*math.ceil(32/gpus)
     split = solve_batch(target, gpus, most)[0]
-    batch = f'{target} rows a step, as many at a time as n054 to n056 allow' + (' and fit' if per_device else '')
+    batch = f'{target} rows a step (n114), as many at a time as n054 to n056 allow' + (' and fit' if per_device else '')
     epochs = 1 if rows and rows >= 10_000 else 3
     values |= dict(per_device_train_batch_size=(split.per_device_train_batch_size, batch),
         gradient_accumulation_steps=(split.gradient_accumulation_steps, batch),

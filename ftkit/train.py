@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 from .core import Device, FtkitError, no_bars
 from .logps import head, hidden_states
-from .formats import as_dataset
 from .lengths import WAYS, cut_dataset, truncate
 from .mask import encode_dataset
 from .models import save
@@ -46,69 +45,72 @@ class Objective:
         return [p.name for p in signature(self.loss).parameters.values() if p.kind == p.KEYWORD_ONLY]
 
 # %% ../nbs/40_train.ipynb #b1a52645
+def _share(batch):
+    "How much of each token is trained"
+    mask = batch['labels'][:, 1:] != -100
+    return mask*batch['weights'][:, 1:] if 'weights' in batch else mask
+
 def _sft(model, head, batch, *, loss_type='nll', label_smoothing_factor=0.):
-    labels,weights = batch['labels'],batch.get('weights')
     inputs = {k: v for k,v in batch.items() if k not in ('labels', 'weights')}
-    mask = labels[:, 1:] != -100
-    found = head.score(hidden_states(model, head, **inputs)[:, :-1][mask], labels[:, 1:][mask],
-                       smoothing=label_smoothing_factor)
-    share = mask if weights is None else mask*weights[:, 1:]
-    logps = found.logps.new_zeros(mask.shape).masked_scatter(mask, found.logps)
+    hidden = hidden_states(model, head, **inputs)
+    found = head.score_rows(hidden, batch['labels'], smoothing=label_smoothing_factor)
+    mask,share = batch['labels'][:, 1:] != -100,_share(batch)
     right = dict(mean_token_accuracy=(found.top1.sum(), mask.sum()))
-    return Outcome(sft_loss(logps, share, loss_type), share.sum(), right)
+    return Outcome(sft_loss(found.logps, share, loss_type), share.sum(), right)
 
 OBJECTIVES = dict(sft=Objective(encode_dataset, Collator, _sft))
 
 # %% ../nbs/40_train.ipynb #382c3f8d
+class _Sums:
+    "Sums over the batches of a step, or of an evaluation, divided once"
+    def add(self, mode, metrics):
+        import torch
+        for name,two in metrics.items():
+            two = torch.stack([torch.as_tensor(x).detach().float() for x in two])
+            self.sums[mode][name] = self.sums[mode].get(name, 0) + two
+
+    def means(self, mode):
+        found,self.sums[mode] = self.sums[mode],{}
+        found = {name: self.accelerator.reduce(two).tolist() for name,two in found.items()}
+        return {name: a/b for name,(a,b) in found.items() if b}
+
+    def log(self, logs, *args, **kwargs):
+        if 'loss' in logs: logs = self.means('train') | logs
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix='eval', **kwargs):
+        self.sums['eval'].clear()
+        out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        out.metrics.update({f'{metric_key_prefix}_{name}': x for name,x in self.means('eval').items()})
+        return out
+
 def _trainer(loss, *args, **kwargs):
     "A `Trainer` of an objective's loss"
     from transformers import Trainer
 
-    class ObjectiveTrainer(Trainer):
+    class ObjectiveTrainer(_Sums, Trainer):
         def __init__(self, *args, **kwargs):
             self.head,self.sums = None,dict(train={}, eval={})
             super().__init__(*args, **kwargs)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             with self.accelerator.autocast():
-                self.head = self.head or self._measured(self.accelerator.unwrap_model(model))
+                self.head = self.head or self.measured(self.accelerator.unwrap_model(model))
                 found = loss(model, self.head, inputs)
             total,several = found.losses.sum(),num_items_in_batch is not None
-            self._add('train' if model.training else 'eval', found.metrics | dict(loss=(total, found.count)))
+            self.add('train' if model.training else 'eval', found.metrics | dict(loss=(total, found.count)))
             count = num_items_in_batch if several else found.count
             mean = total / (count + (count == 0)) # nothing to train costs nothing
             if several and self.args.average_tokens_across_devices: mean = mean*self.accelerator.num_processes
             return (mean, {}) if return_outputs else mean
 
-        def _measured(self, model):
+        def measured(self, model):
             top = head(model)
             if top.layer is None: print(f'{type(model).__name__} makes its logits in its own way: they are kept whole')
             return top
 
-        def _add(self, mode, metrics):
-            import torch
-            for name,two in metrics.items():
-                two = torch.stack([torch.as_tensor(x).detach().float() for x in two])
-                self.sums[mode][name] = self.sums[mode].get(name, 0) + two
-
-        def _means(self, mode):
-            found,self.sums[mode] = self.sums[mode],{}
-            found = {name: self.accelerator.reduce(two).tolist() for name,two in found.items()}
-            return {name: a/b for name,(a,b) in found.items() if b}
-
-        def log(self, logs, *args, **kwargs):
-            if 'loss' in logs: logs = self._means('train') | logs
-            super().log(logs, *args, **kwargs)
-
-        def evaluation_loop(self, *args, metric_key_prefix='eval', **kwargs):
-            self.sums['eval'].clear()
-            out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            out.metrics.update({f'{metric_key_prefix}_{name}': x for name,x in self._means('eval').items()})
-            return out
-
         def _get_num_items_in_batch(self, batches, device):
-            share = [b['weights'][:,1:] if 'weights' in b else 1 for b in batches]
-            count = sum(((b['labels'][:,1:] != -100)*w).sum() for b,w in zip(batches, share)).to(device)
+            count = sum(_share(b).sum() for b in batches).to(device)
             several = self.args.average_tokens_across_devices and self.args.world_size > 1
             return self.accelerator.gather(count).sum() if several else count
 
@@ -239,8 +241,9 @@ def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     if not hasattr(ds, '__len__'): return _stream(obj, tok, ds, max_length, too_long, packing)
     if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
     if 'input_ids' not in ds[0]: ds = obj.prepare(tok, ds)
-    if max_length and packing != 'wrapped': # which cuts nothing off
-        ds,cut = cut_dataset(ds if hasattr(ds, 'column_names') else as_dataset(ds), max_length, too_long)
+    whole = packing == 'wrapped' or not max_length and 'position_ids' in ds[0] # nothing is cut off, or was before
+    if not whole:
+        ds,cut = cut_dataset(ds, max_length or sys.maxsize, too_long)
         if cut.long or cut.dead: print(cut)
     if not packing: return ds
     packed = pack_dataset(ds, max_length, 'bfd' if packing is True else packing)
@@ -248,16 +251,25 @@ def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     return packed
 
 # %% ../nbs/40_train.ipynb #61c21392
-def _try(trainer, data):
-    "One row through the loss, leaving nothing behind"
+def _tried(loss, model, args, train_dataset, **kwargs):
+    "A trainer that has put a row through the loss, which left nothing behind"
     import torch
-    if not hasattr(data, '__len__'): return
+    from transformers import PrinterCallback
+    try:
+        trainer = _trainer(loss, model, args, train_dataset=train_dataset, **kwargs)
+        trainer.create_optimizer()
+        trainer.get_train_dataloader()
+    except ValueError as e: raise FtkitError(f'training options: {e}') from e
+    trainer.remove_callback(PrinterCallback)
+    if not hasattr(train_dataset, '__len__'): return trainer
     model,training = trainer.model,trainer.model.training
     model.eval()
     try:
-        with torch.no_grad(): trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator([data[0]])))
+        batch = trainer._prepare_inputs(trainer.data_collator([train_dataset[0]]))
+        with torch.no_grad(): trainer.compute_loss(model, batch)
     finally: model.train(training)
     trainer.sums['eval'].clear()
+    return trainer
 
 # %% ../nbs/40_train.ipynb #e10cfd76
 def train(model,           # from `load_model`
@@ -275,7 +287,6 @@ def train(model,           # from `load_model`
           **options        # of `transformers.TrainingArguments`, or of the objective: `loss_type`, for instance
          ):                # `Run`
     "Train and save under `out`; raises `FtkitError` before anything is written if data or options are wrong"
-    from transformers import PrinterCallback
     if objective not in OBJECTIVES: raise FtkitError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
     out,obj = Path(out),OBJECTIVES[objective]
     loss = partial(obj.loss, **{k: options.pop(k) for k in obj.options() if k in options})
@@ -289,14 +300,8 @@ def train(model,           # from `load_model`
     checkpoint = last_checkpoint(out) if resume else None
     if resume and not checkpoint: print(f'no whole checkpoint in {out}: starting anew')
     args = _arguments(out, precision, options, eval_data is not None, fresh=checkpoint is None)
-    try:
-        trainer = _trainer(loss, model, args, train_dataset=data, eval_dataset=eval_data,
-                           data_collator=obj.collate(tok, model), callbacks=_callbacks(out))
-        trainer.create_optimizer()
-        trainer.get_train_dataloader()
-    except ValueError as e: raise FtkitError(f'training options: {e}') from e
-    trainer.remove_callback(PrinterCallback)
-    _try(trainer, data)
+    trainer = _tried(loss, model, args, train_dataset=data, eval_dataset=eval_data,
+                     data_collator=obj.collate(tok, model), callbacks=_callbacks(out))
     if not checkpoint: _remove(run_files(out))
     out.mkdir(parents=True, exist_ok=True)
     no_bars()

@@ -54,3 +54,10 @@ def test_recommendations_are_in_the_guides_range(method, adapter):
     assert check(config, adapter) == [] or [f.name for f in check(config, adapter)] == ['gradient_accumulation_steps']
     assert config['per_device_train_batch_size'] <= 3
     assert config['per_device_train_batch_size']*config['gradient_accumulation_steps']*2 == 32
+
+@pytest.mark.parametrize('method', ['dpo', 'kto', 'orpo', 'reward'])
+def test_rates_without_a_claim_are_trls_defaults(method):
+    from trl import DPOConfig, KTOConfig, RewardConfig
+    from trl.experimental.orpo import ORPOConfig
+    config = dict(dpo=DPOConfig, kto=KTOConfig, orpo=ORPOConfig, reward=RewardConfig)[method]
+    assert recommend(method, 'full').config['learning_rate'] == config.__dataclass_fields__['learning_rate'].default

@@ -78,3 +78,34 @@ def test_labels_equal_the_templates_own_marks(shared, name):
     # equal but for white space after the end of a turn, which we do not train
     def trained(mask): return ''.join(tok.decode([i for i,m in zip(ours['input_ids'], mask) if m]).split())
     assert trained([label != -100 for label in ours['labels']]) == trained(marks['assistant_masks'])
+
+ACROSS = '''
+import os, sys
+from ftkit.chat import set_template
+from ftkit.tiny import tiny
+from ftkit.train import train
+os.environ['IN_TEST'] = '1'
+ids = [[5+i, 6, 7, 8+i] + [9]*(i%3) for i in range(8)]
+for kind in ('plain', 'weighted'):
+    tok,model = tiny()
+    set_template(tok)
+    data = [dict(input_ids=row, labels=row) for row in ids]
+    if kind == 'weighted': data = [r | dict(weights=[.5+.1*i]*len(r['labels'])) for i,r in enumerate(data)]
+    size = 8//int(os.environ.get('WORLD_SIZE', 1))
+    run = train(model, tok, data, out=f'{sys.argv[1]}/{kind}{os.environ.get("RANK", "")}', max_steps=1,
+                per_device_train_batch_size=size)
+    print('found', kind, *(f'{run.log[0][k]:.6f}' for k in ('loss', 'grad_norm', 'mean_token_accuracy')))
+'''
+
+def test_two_processes_equal_one(tmp_path):
+    "Rows of unlike length and weight, on two CPUs: the same loss, gradient and accuracy"
+    import os, subprocess, sys
+    (tmp_path/'run.py').write_text(ACROSS)
+    def found(*launcher):
+        out = subprocess.run([sys.executable, *launcher, tmp_path/'run.py', tmp_path/str(len(launcher))],
+                             text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        assert out.returncode == 0, out.stderr[-2000:]
+        return {line[line.index('found'):] for line in out.stdout.splitlines() if 'found' in line}
+    alone = found()
+    assert len(alone) == 2
+    assert found('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2') == alone
