@@ -27,6 +27,21 @@ def _held_out(ds, share, seed):
     except FtkitError as e: print(f'{e}; rows are held out at random')
     return np.random.default_rng(seed).permutation(len(ds)) < n
 
+def _parts(p, tok, ds, share, seed, too_long, **options):
+    "(rows to train on, rows held out), as numbers and cut"
+    from ftkit.lengths import cut_dataset
+    from ftkit.mask import encode_dataset
+    if len(ds) < 2: raise FtkitError(f'{p.data}: one row is not enough, as some are held out: add more')
+    held = _held_out(ds, share, seed)
+    ds = encode_dataset(tok, ds, **options)
+    held,parts = held[ds['row']],[]
+    for name,side in dict(train=~held, test=held).items():
+        part,cut = cut_dataset(ds.select(side.nonzero()[0]), p.max_length, too_long)
+        if cut.long or cut.dead: print(f'{name}: {cut}')
+        parts.append(part)
+    print(f'{p.data}: {len(parts[0]):,} rows to train on, {len(parts[1]):,} held out')
+    return parts
+
 # %% ../nbs/81_cli.ipynb #858ea251
 def _quiet():
     "Only our own words: the libraries below report errors and nothing else"
@@ -42,6 +57,9 @@ def _mapping(text):
         f"--mapping '{text}': write ours=theirs, separated by commas, "
         'such as instruction=question,output=answer')
     return dict(pairs)
+
+_OF_TRAIN = ('precision', 'max_length', 'max_steps', 'learning_rate', 'per_device_train_batch_size',
+             'gradient_accumulation_steps') # of the profile
 
 def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftkit's own; the profile's by default
         model:str=None,         # folder, Hub id, or "embedded"; the profile's by default
@@ -66,34 +84,22 @@ def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftki
        ):
     "Fine-tune a model on a file of questions and answers"
     from ftkit.formats import load
-    from ftkit.lengths import cut_dataset
-    from ftkit.mask import encode_dataset
     from ftkit.models import load_model, load_tokenizer
     from ftkit.train import train
-    columns = _mapping(mapping)
     p = profile(data=data, model=model, tokenizer=model and 'same', adapter=adapter, max_steps=max_steps,
                 max_length=max_length, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
                 gradient_accumulation_steps=batch_size and 1)
     if not 0 < held_out < 1: raise FtkitError(f'--held-out {held_out}: must be between 0 and 1')
     if seed < 0: raise FtkitError(f'--seed {seed}: must not be negative')
     _quiet()
-    ds = load(p.data, format=format, mapping=columns, on_error='skip' if skip_bad else 'raise')
+    on_error = 'skip' if skip_bad else 'raise'
+    ds = load(p.data, format=format, mapping=_mapping(mapping), on_error=on_error)
     tok = load_tokenizer(p.tokenizer)
-    if len(ds) < 2: raise FtkitError(f'{p.data}: one row is not enough, as some are held out: add more')
-    held = _held_out(ds, held_out, seed)
-    ds = encode_dataset(tok, ds, per_turn=per_turn, on_error='skip' if skip_bad else 'raise')
-    held,parts = held[ds['row']],{}
-    for name,side in dict(train=~held, test=held).items():
-        parts[name],cut = cut_dataset(ds.select(side.nonzero()[0]), p.max_length, too_long)
-        if cut.long or cut.dead: print(f'{name}: {cut}')
-    print(f"{p.data}: {len(parts['train']):,} rows to train on, {len(parts['test']):,} held out")
+    data,eval_data = _parts(p, tok, ds, held_out, seed, too_long, per_turn=per_turn, on_error=on_error)
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)
-    run = train(tuned, tok, parts['train'], out=out, eval_data=parts['test'], resume=resume, overwrite=overwrite,
-                seed=seed, **(dict(save_steps=save_steps) if save_steps else {}), precision=p.precision,
-                packing=packing, max_length=p.max_length,
-                max_steps=p.max_steps, learning_rate=p.learning_rate,
-                per_device_train_batch_size=p.per_device_train_batch_size,
-                gradient_accumulation_steps=p.gradient_accumulation_steps)
+    own = {k: getattr(p, k) for k in _OF_TRAIN} | (dict(save_steps=save_steps) if save_steps else {})
+    run = train(tuned, tok, data, out=out, eval_data=eval_data, resume=resume, overwrite=overwrite, seed=seed,
+                packing=packing, **own)
     losses = [entry['eval_loss'] for entry in run.log if 'eval_loss' in entry]
     print(f'held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}\nsaved in {run.adapter}; talk to it: ftkit chat {out}')
 

@@ -183,9 +183,10 @@ def run_files(path # folder of a run
 def _remove(paths):
     for p in paths: shutil.rmtree(p) if p.is_dir() else p.unlink()
 
-def _may_write(out, over):
+def _may_write(out, resume, overwrite):
+    if resume and overwrite: raise FtkitError('resume and overwrite: choose one')
     if out.exists() and not out.is_dir(): raise FtkitError(f'{out} is a file: choose another folder')
-    if run_files(out) and not over: raise FtkitError(f'{out} already holds a run: resume it, or overwrite it')
+    if run_files(out) and not (resume or overwrite): raise FtkitError(f'{out} already holds a run: resume it, or overwrite it')
 
 # %% ../nbs/40_train.ipynb #624407bd
 def last_checkpoint(path # folder of a run
@@ -261,6 +262,7 @@ def _tried(loss, model, args, train_dataset, **kwargs):
         trainer.get_train_dataloader()
     except ValueError as e: raise FtkitError(f'training options: {e}') from e
     trainer.remove_callback(PrinterCallback)
+    no_bars()
     if not hasattr(train_dataset, '__len__'): return trainer
     model,training = trainer.model,trainer.model.training
     model.eval()
@@ -290,8 +292,7 @@ def train(model,           # from `load_model`
     if objective not in OBJECTIVES: raise FtkitError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
     out,obj = Path(out),OBJECTIVES[objective]
     loss = partial(obj.loss, **{k: options.pop(k) for k in obj.options() if k in options})
-    if resume and overwrite: raise FtkitError('resume and overwrite: choose one')
-    _may_write(out, resume or overwrite)
+    _may_write(out, resume, overwrite)
     if too_long not in WAYS: raise FtkitError(f"too_long '{too_long}' is unknown: use one of {', '.join(WAYS)}")
     if packing and not max_length: raise FtkitError('packing needs max_length, the tokens of a row')
     if packing and (reason := packable(model, tok)): raise FtkitError(reason)
@@ -304,7 +305,6 @@ def train(model,           # from `load_model`
                      data_collator=obj.collate(tok, model), callbacks=_callbacks(out))
     if not checkpoint: _remove(run_files(out))
     out.mkdir(parents=True, exist_ok=True)
-    no_bars()
     with warnings.catch_warnings():
         # PEFT says so at every checkpoint of a model with new tokens
         warnings.filterwarnings('ignore', 'Setting `save_embedding_layers`')
