@@ -27,6 +27,10 @@ def _held_out(ds, share, seed):
     except FtkitError as e: print(f'{e}; rows are held out at random')
     return np.random.default_rng(seed).permutation(len(ds)) < n
 
+def _may_hold_out(share, seed):
+    if not 0 < share < 1: raise FtkitError(f'--held-out {share}: must be between 0 and 1')
+    if seed < 0: raise FtkitError(f'--seed {seed}: must not be negative')
+
 def _parts(p, tok, ds, share, seed, too_long, **options):
     "(rows to train on, rows held out), as numbers and cut"
     from ftkit.lengths import cut_dataset
@@ -89,8 +93,7 @@ def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftki
     p = profile(data=data, model=model, tokenizer=model and 'same', adapter=adapter, max_steps=max_steps,
                 max_length=max_length, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
                 gradient_accumulation_steps=batch_size and 1)
-    if not 0 < held_out < 1: raise FtkitError(f'--held-out {held_out}: must be between 0 and 1')
-    if seed < 0: raise FtkitError(f'--seed {seed}: must not be negative')
+    _may_hold_out(held_out, seed)
     _quiet()
     on_error = 'skip' if skip_bad else 'raise'
     ds = load(p.data, format=format, mapping=_mapping(mapping), on_error=on_error)
@@ -98,7 +101,7 @@ def sft(data:str=None,          # file, folder, URL, Hub id, or "tasks" for ftki
     data,eval_data = _parts(p, tok, ds, held_out, seed, too_long, per_turn=per_turn, on_error=on_error)
     tuned = load_model(p.model, tok, p.adapter, p.precision, r=r, seed=seed)
     own = {k: getattr(p, k) for k in _OF_TRAIN} | (dict(save_steps=save_steps) if save_steps else {})
-    run = train(tuned, tok, data, out=out, eval_data=eval_data, resume=resume, overwrite=overwrite, seed=seed,
+    run = train(tuned, tok, data, 'sft', out, eval_data, resume=resume, overwrite=overwrite, seed=seed,
                 packing=packing, **own)
     losses = [entry['eval_loss'] for entry in run.log if 'eval_loss' in entry]
     print(f'held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}\nsaved in {run.adapter}; talk to it: ftkit chat {out}')

@@ -49,7 +49,7 @@ def _frozen():
     class Frozen(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden, weight, bias, targets, chunk, scale, softcap, smoothing, entropy):
-            logps,spread = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
+            logps,entropies = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
             top1 = torch.empty_like(targets, dtype=torch.bool)
             ctx.slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             for a in range(0, len(targets), chunk):
@@ -58,16 +58,16 @@ def _frozen():
                 bend = 1 - (logits/softcap)**2 if softcap else 1
                 best,at = logits.max(-1, keepdim=True)
                 picked = _picked(logits, picks, smoothing)
-                p = torch.softmax(logits, -1, out=logits)
+                p = torch.softmax(logits, -1, out=logits) # in place, as each of these is large
                 logps[some] = (picked - best + p.gather(-1, at).log()).squeeze(-1)
                 top1[some] = (at == picks).squeeze(-1)
-                if entropy: spread[some] = torch.special.entr(p).sum(-1)
+                if entropy: entropies[some] = torch.special.entr(p).sum(-1)
                 if ctx.slope is None: continue
                 if smoothing: p.sub_(smoothing/p.shape[-1])
-                p.scatter_add_(-1, picks, p.new_full(picks.shape, smoothing-1))
+                p.scatter_add_(-1, picks, p.new_full(picks.shape, smoothing-1)) # p - e_y
                 ctx.slope[some] = linear((p*bend*-scale if softcap else p.mul_(-scale)).to(weight.dtype), weight.T)
-            ctx.mark_non_differentiable(spread, top1)
-            return logps, spread, top1
+            ctx.mark_non_differentiable(entropies, top1)
+            return logps, entropies, top1
 
         @staticmethod
         def backward(ctx, grad, *_): return (grad[:, None]*ctx.slope).to(ctx.slope.dtype), *[None]*8
@@ -80,9 +80,9 @@ def _scored(hidden, layer, targets, scale, softcap, smoothing, entropy):
     "The plain formula for one chunk"
     logits = _capped(layer(hidden).float(), scale, softcap)
     whole = logits.logsumexp(-1)
-    spread = whole - (logits.softmax(-1)*logits).sum(-1) if entropy else whole.detach()
+    entropies = whole - (logits.softmax(-1)*logits).sum(-1) if entropy else whole.detach()
     logps = _picked(logits, targets[:, None], smoothing).squeeze(-1) - whole
-    return logps, spread, logits.argmax(-1) == targets
+    return logps, entropies, logits.argmax(-1) == targets
 
 def _is_frozen(layer):
     from torch.nn import Linear
@@ -106,14 +106,14 @@ def score(hidden,        # hidden states of the positions to score, shape (m, d)
     if not 0 <= smoothing < 1: raise FtkitError(f'smoothing={smoothing}: must be in [0, 1)')
     if len(hidden) != len(targets): raise FtkitError(f'{len(hidden)} hidden states for {len(targets)} targets')
     if _is_frozen(layer) and (entropy is not True or not torch.is_grad_enabled()):
-        logps,spread,top1 = _frozen().apply(
+        logps,entropies,top1 = _frozen().apply(
             hidden, layer.weight, layer.bias, targets, chunk, scale, softcap, smoothing, entropy)
     else:
         parts = [checkpoint(_scored, h, layer, t, scale, softcap, smoothing, bool(entropy), use_reentrant=False)
                  for h,t in zip(hidden.split(chunk), targets.split(chunk))]
-        logps,spread,top1 = map(torch.cat, zip(*parts))
-        if entropy == 'value': spread = spread.detach()
-    return Scores(logps, spread if entropy else None, top1)
+        logps,entropies,top1 = map(torch.cat, zip(*parts))
+        if entropy == 'value': entropies = entropies.detach()
+    return Scores(logps, entropies if entropy else None, top1)
 
 # %% ../nbs/30_logps.ipynb #3680b90b
 class Head(NamedTuple):

@@ -186,7 +186,8 @@ def _remove(paths):
 def _may_write(out, resume, overwrite):
     if resume and overwrite: raise FtkitError('resume and overwrite: choose one')
     if out.exists() and not out.is_dir(): raise FtkitError(f'{out} is a file: choose another folder')
-    if run_files(out) and not (resume or overwrite): raise FtkitError(f'{out} already holds a run: resume it, or overwrite it')
+    if run_files(out) and not (resume or overwrite): raise FtkitError(
+        f'{out} already holds a run: resume it, or overwrite it')
 
 # %% ../nbs/40_train.ipynb #624407bd
 def last_checkpoint(path # folder of a run
@@ -242,8 +243,8 @@ def _prepared(obj, tok, ds, max_length, too_long, packing=False):
     if not hasattr(ds, '__len__'): return _stream(obj, tok, ds, max_length, too_long, packing)
     if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
     if 'input_ids' not in ds[0]: ds = obj.prepare(tok, ds)
-    whole = packing == 'wrapped' or not max_length and 'position_ids' in ds[0] # nothing is cut off, or was before
-    if not whole:
+    packed_before = not max_length and 'position_ids' in ds[0]
+    if packing != 'wrapped' and not packed_before: # wrapping cuts nothing off
         ds,cut = cut_dataset(ds, max_length or sys.maxsize, too_long)
         if cut.long or cut.dead: print(cut)
     if not packing: return ds
