@@ -2,6 +2,7 @@
 
 Modules:
 
+- `ftkit.answers`: Pairs, labelled answers and groups: encoded, cut, and laid so that the prompt is computed once
 - `ftkit.audit`: Ways to ruin a data set without an error message, each found by name
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it, `ftkit merge` makes one model of it
@@ -19,15 +20,18 @@ Modules:
 - `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
 - `ftkit.nf4`: Four bits for a weight, and QLoRA on top
+- `ftkit.objectives`: What a row becomes, how rows become a batch, and what the batch costs
 - `ftkit.orpo`: ORPO, SimPO and CPO: learn from pairs with one model in memory
 - `ftkit.pack`: Full rows instead of padding, and documents that cannot see each other
 - `ftkit.ppo`: The losses of PPO: a policy that may not move far, and a critic that says what was to be expected
+- `ftkit.reference`: What the model was before training, three ways
 - `ftkit.reward`: A score for answers, learned from which of two people preferred
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
 - `ftkit.train`: One trainer for every objective, which goes on from its last checkpoint after a kill
-- `ftkit.widgets`: Thin controls over the views: type, and see"""
+- `ftkit.widgets`: Thin controls over the views: type, and see
+- `ftkit.with_trl`: The same rows and options, handed to TRL's trainers"""
 
 __version__ = "0.1.0"

@@ -82,7 +82,7 @@ VARIANTS = dict(sigmoid=_sigmoid, hinge=_hinge, ipo=_ipo, robust=_robust, exo_pa
                 bco_pair=_bco_pair, sppo_hard=_sppo_hard, aot=_aot, aot_unpaired=_aot_unpaired, apo_zero=_apo_zero,
                 apo_down=_apo_down, discopop=_discopop, sft=_sft, sigmoid_norm=_sigmoid_norm)
 SMOOTHED = {'sigmoid', 'robust', 'exo_pair', 'aot', 'aot_unpaired'}                          # by label_smoothing
-DIVERGED = {'sigmoid', 'robust', 'exo_pair', 'hinge', 'ipo', 'discopop', 'sigmoid_norm'} # by f_divergence
+DIVERGED = {'sigmoid', 'robust', 'exo_pair', 'hinge', 'ipo', 'discopop', 'sigmoid_norm'} # by f_divergence_type
 
 # %% ../nbs/33_dpo.ipynb #9268f094
 def _js(ratio): return math.log(2) + _lsig(ratio)
@@ -109,22 +109,22 @@ def dpo_loss(chosen_logps,           # log-probability of each preferred answer,
              loss_weights=None,      # of several
              label_smoothing=0.,     # share of pairs thought to be the wrong way round, below 1/2
              lengths=None,           # (trained tokens of the preferred answers, of the rejected ones), shapes (n,)
-             f_divergence='reverse_kl', # what leaving the reference is measured in: one of `DIVERGENCES`
+             f_divergence_type='reverse_kl', # what leaving the reference is measured in: one of `DIVERGENCES`
              discopop_tau=.05        # temperature of DiscoPOP
             ):                       # loss of each pair, shape (n,)
     "DPO (Rafailov et al. 2023, eq. 7) and its variants; raises `FtkitError` for an unknown one"
     weights = _weights(loss_type, loss_weights)
-    if f_divergence not in DIVERGENCES: raise FtkitError(
-        f"f_divergence '{f_divergence}' is unknown: use one of {', '.join(DIVERGENCES)}")
+    if f_divergence_type not in DIVERGENCES: raise FtkitError(
+        f"f_divergence_type '{f_divergence_type}' is unknown: use one of {', '.join(DIVERGENCES)}")
     if not 0 <= label_smoothing < .5: raise FtkitError(f'label_smoothing={label_smoothing}: must be in [0, 0.5)')
     for name,value,used in (('label_smoothing', label_smoothing, SMOOTHED),
-                            ('f_divergence', f_divergence != 'reverse_kl', DIVERGED)):
+                            ('f_divergence_type', f_divergence_type != 'reverse_kl', DIVERGED)):
         if value and not weights.keys() & used: raise FtkitError(
             f"{name} changes nothing in {', '.join(weights)}: it is for {', '.join(sorted(used))}")
     if lengths is None and weights.keys() & {'ipo', 'sigmoid_norm', 'sft'}: raise FtkitError(
         f"{', '.join(weights)}: needs lengths, the trained tokens of both answers")
     chosen,rejected = chosen_logps-ref_chosen_logps,rejected_logps-ref_rejected_logps
-    scores = DIVERGENCES[f_divergence](chosen),DIVERGENCES[f_divergence](rejected)
+    scores = DIVERGENCES[f_divergence_type](chosen),DIVERGENCES[f_divergence_type](rejected)
     pair = Pair(chosen, rejected, scores[0]-scores[1], chosen_logps, rejected_logps, scores, lengths, beta,
                 label_smoothing, discopop_tau)
     return sum(w*VARIANTS[name](pair) for name,w in weights.items())

@@ -3,8 +3,8 @@
 Thumbs up or down is cheaper than a comparison. `kto_loss` learns from such labels, `kto_kl` is the reference point that
 gains and losses are measured from, `class_weights` balances what there is more of.
 
-Departure: the reference point is estimated once for a step's rows, from answers that belong to other prompts, as in TRL;
-when batches are accumulated each has its own.
+Departures: the reference point is estimated for each batch, from answers to other prompts. TRL takes them from the same
+batch; here they come from half the data away, so that it makes no difference how batches are drawn.
 
 Docs: https://ftkit.github.io/ftkit/kto.html.md"""
 
@@ -36,10 +36,11 @@ def kto_loss(logps,                 # log-probability of each answer, shape (n,)
     return weight*(1 - torch.where(label, gain, -gain).sigmoid())
 
 # %% ../nbs/34_kto.ipynb #91697129
-def mismatched(n # answers of a batch
+def mismatched(n # rows
               ):  # for each prompt, whose answer it gets
-    "Every prompt with the answer of the one before"
-    return [(i-1) % n for i in range(n)]
+    "Every prompt with an answer from half the rows away, as neighbours often share a prompt"
+    if n < 2: raise FtkitError('KTO compares a prompt with the answer to another one: there must be at least 2 rows')
+    return [(i-n//2) % n for i in range(n)]
 
 def kto_kl(logps,    # log-probability of mismatched answers, shape (n,)
            ref_logps # the same under the reference, shape (n,)

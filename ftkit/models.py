@@ -88,7 +88,7 @@ def grow_embeddings(model, # causal language model; it is changed
     if len(tok) <= old: return []
     model.resize_token_embeddings(len(tok), mean_resizing=False)
     with torch.no_grad():
-        layers = {model.get_input_embeddings(), model.get_output_embeddings()}
+        layers = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
         for layer in layers: layer.weight[old:] = layer.weight[:old].mean(0)
     return list(range(old, len(tok)))
 
@@ -143,10 +143,18 @@ def _config(name, source, remote_code):
         _remote(name, e)
         raise FtkitError(f'{name}: no model there, neither as a folder nor on the Hub: {_first(e)}') from e
 
-def _base(name, tok, precision, quantize=False, attention=None, remote_code=False, pickles=False):
+def _kind(reward, seed):
+    "(class, options) of a language model, or of one that ends in a score, whose weights are drawn when it has none"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    if not reward: return AutoModelForCausalLM, {}
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification, dict(num_labels=1)
+
+def _base(name, tok, precision, quantize=False, attention=None, remote_code=False, pickles=False, reward=False, seed=0):
     "The frozen model, its embeddings grown to the tokenizer; (model, ids of the new tokens)"
+    import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     source = _source(name)
     if Path(source).is_dir(): _checked(Path(source), pickles)
     config = _config(name, source, remote_code)
@@ -154,11 +162,14 @@ def _base(name, tok, precision, quantize=False, attention=None, remote_code=Fals
     options = dict(dtype=_dtype(precision), trust_remote_code=remote_code, use_safetensors=None if pickles else True,
                    attn_implementation=attention or _attention(precision))
     if quantize: options['quantization_config'] = _four_bits(config, precision)
-    try: model,info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    try:
+        with torch.random.fork_rng():
+            kind,more = _kind(reward, seed)
+            model,info = kind.from_pretrained(source, output_loading_info=True, **options, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as e:
         _remote(name, e)
         raise FtkitError(f'{name}: cannot be loaded: {_first(e)}') from e
-    if missing := sorted(info['missing_keys']): raise FtkitError(
+    if missing := sorted({*info['missing_keys']} - ({'score.weight'} if reward else set())): raise FtkitError(
         f'{name}: {len(missing)} weights are missing, such as {missing[0]}: the download is not whole')
     for layer in model.modules():
         if hasattr(layer, 'support_avx512bf16_for_cpu'): layer.support_avx512bf16_for_cpu = False
@@ -167,7 +178,9 @@ def _base(name, tok, precision, quantize=False, attention=None, remote_code=Fals
 def _ready(model, tok):
     "Make room for new tokens, and let generation stop where the template does; ids of the new tokens"
     new = grow_embeddings(model, tok)
-    model.generation_config.update(eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)
+    if model.can_generate(): model.generation_config.update(
+        eos_token_id=stop_ids(tok), pad_token_id=tok.pad_token_id, do_sample=False)
+    else: model.config.get_text_config().pad_token_id = tok.pad_token_id
     return new
 
 # %% ../nbs/22_models.ipynb #b059d30d
@@ -176,8 +189,8 @@ def modules_to_train(model, # causal language model
                     ):      # dict of module name -> ids, PEFT's `trainable_token_indices`
     "Which modules must be trained and saved for new tokens: the embedding, and the head if it is a matrix of its own"
     if not ids: return {}
-    layers = [model.get_input_embeddings()]
-    if not model.config.get_text_config().tie_word_embeddings: layers.append(model.get_output_embeddings())
+    layers,head = [model.get_input_embeddings()],model.get_output_embeddings()
+    if head is not None and not model.config.get_text_config().tie_word_embeddings: layers.append(head)
     return {name.rsplit('.', 1)[-1]: ids for name,module in model.named_modules() if any(module is l for l in layers)}
 
 # %% ../nbs/22_models.ipynb #e10f7a6b
@@ -209,7 +222,8 @@ def _adapted(model, tok, new, engine, config, seed, **options):
             return _unsloth().get_peft_model(model, random_state=seed, **options)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return get_peft_model(model, config or LoraConfig(task_type='CAUSAL_LM', **options))
+            task = 'CAUSAL_LM' if model.can_generate() else 'SEQ_CLS'
+            return get_peft_model(model, config or LoraConfig(task_type=task, **options))
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as e:
         raise FtkitError(f'this adapter does not go with this model: {_first(e)}') from e
 
@@ -228,6 +242,7 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
                seed=0,           # of the adapter's weights
                remote_code=False, # run Python code that comes with the model
                pickles=False,    # read weights that are not safetensors
+               reward=False,     # a model that ends in a score instead of a vocabulary
                **peft            # options of peft.LoraConfig, such as use_dora=True
               ):                 # model on the CPU or the first GPU
     "Load a model ready for training, and say in one line what it is; trained weights are always in 32 bits"
@@ -237,10 +252,11 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
     _one_of('precision', precision, *PRECISIONS)
     _one_of('engine', engine, 'hf', 'unsloth')
     if r < 1: raise FtkitError(f'r={r}: the rank of an adapter must be at least 1')
+    if engine == 'unsloth' and reward: raise FtkitError("engine 'unsloth' has no reward models: take 'hf'")
     if engine == 'unsloth' and not tuned: raise FtkitError("engine 'unsloth' is for lora and qlora: take 'hf'")
     if engine == 'unsloth': model,new = _unsloth_base(name, tok, precision, adapter == 'qlora')
     else: model,new = _base(name, tok, 'fp32' if adapter == 'full' else precision, adapter == 'qlora', attention,
-                            remote_code, pickles)
+                            remote_code, pickles, reward, seed)
     quantized = getattr(model, 'is_quantized', False)
     if quantized and adapter == 'full': raise FtkitError(
         f"{name}: its weights are quantised and cannot be trained: adapter='lora', or take the model in 16 bits")
@@ -250,7 +266,8 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
     if adapter is None: model.requires_grad_(False)
     if torch.cuda.is_available() and not quantized: model = model.cuda()
     # what `save` must remember
-    model.ftkit = dict(model=str(name), adapter=adapter, precision='fp32' if adapter == 'full' else precision)
+    model.ftkit = dict(model=str(name), adapter=adapter, precision='fp32' if adapter == 'full' else precision,
+                       **(dict(reward=True) if reward else {}))
     print(describe(model))
     return model
 
@@ -352,7 +369,7 @@ def save(model,  # a tuned model
     with _whole(folder) as tmp:
         try: model.save_pretrained(tmp, **(dict(save_embedding_layers=False) if hasattr(model, 'peft_config') else {}))
         except SafetensorError as e: raise OSError(_first(e)) from e
-        _write_chat(tok, model.generation_config, tmp, **getattr(model, 'ftkit', {}))
+        _write_chat(tok, getattr(model, 'generation_config', None) or _generation(tok), tmp, **getattr(model, 'ftkit', {}))
     return Path(folder)
 
 # %% ../nbs/22_models.ipynb #2fd4d9cf
@@ -428,10 +445,10 @@ def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the fol
     tok = _tokenizer_of(folder, record, base)
     _same_prompt(tok, folder)
     precision = _one_of('precision', precision or record.get('precision', 'fp32'), *PRECISIONS)
-    quantized = record.get('adapter') == 'qlora'
+    quantized,reward = record.get('adapter') == 'qlora',record.get('reward', False)
     whole = not (folder/'adapter_config.json').exists()
-    if whole: return tok, load_model(folder, tok, adapter=None, precision=precision)
-    model,_ = _base(base or _base_of(folder, record), tok, precision, quantized)
+    if whole: return tok, load_model(folder, tok, adapter=None, precision=precision, reward=reward)
+    model,_ = _base(base or _base_of(folder, record), tok, precision, quantized, reward=reward)
     model = _with_adapter(model, folder).eval()
     return tok, model.cuda() if torch.cuda.is_available() and not quantized else model
 

@@ -202,7 +202,7 @@ class Collator:
             [-100 if at == 0 else l for at,l in zip(*pair)] for pair in zip(columns['position_ids'], columns['labels'])]
         if self.varlen or self.padding_free: columns = {c: [sum(map(list, v), [])] for c,v in columns.items()}
         batch = self._tensors(columns) | dict(use_cache=False)
-        return batch | self._places(batch['position_ids']) if self.varlen else batch
+        return batch | self.places(batch['position_ids']) if self.varlen else batch
 
     def _tensors(self, columns):
         import torch
@@ -218,7 +218,7 @@ class Collator:
         lengths = torch.tensor([len(ids) for ids in columns['input_ids']])
         return batch | dict(attention_mask=(torch.arange(batch['input_ids'].shape[1]) < lengths[:,None]).long())
 
-    def _places(self, position_ids):
+    def places(self, position_ids):
         "Where documents begin, as kernels for varying lengths want it"
         import torch
         starts = torch.nonzero(position_ids.flatten() == 0).flatten()

@@ -30,7 +30,7 @@ def trl_dpo(loss_type, loss_weights=None, **settings):
     types = [loss_type] if isinstance(loss_type, str) else loss_type
     trainer = SimpleNamespace(model=torch.nn.Linear(1, 1), accelerator=SAME, aux_loss_enabled=False,
         ld_alpha=settings.get('ld_alpha'), precompute_ref_logps=True, beta=.1, loss_types=types,
-        loss_weights=loss_weights or [1.]*len(types), f_divergence_type=settings.get('f_divergence', 'reverse_kl'),
+        loss_weights=loss_weights or [1.]*len(types), f_divergence_type=settings.get('f_divergence_type', 'reverse_kl'),
         label_smoothing=settings.get('label_smoothing', 0.), args=SimpleNamespace(discopop_tau=.05),
         use_weighting=False, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1)
     ref_sums = sums(ref, mask, settings.get('ld_alpha'))
@@ -72,7 +72,7 @@ def test_trl_has_no_other_variant():
     assert named == VARIANTS.keys()
 
 @pytest.mark.parametrize('name', DIVERGENCES)
-def test_divergences(name): close(ours_dpo('sigmoid', f_divergence=name)[0], trl_dpo('sigmoid', f_divergence=name)[0])
+def test_divergences(name): close(ours_dpo('sigmoid', f_divergence_type=name)[0], trl_dpo('sigmoid', f_divergence_type=name)[0])
 
 @pytest.mark.parametrize('alpha', [0., .3, 1.])
 def test_length_desensitised(alpha): close(*(f('sigmoid', ld_alpha=alpha)[0] for f in (ours_dpo, trl_dpo)))
