@@ -11,7 +11,7 @@ Docs: https://ftkit.github.io/ftkit/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['CAPITALS', 'OPPOSITES', 'WORDS', 'NAMES', 'JOBS', 'FAMILIES', 'SHAPES', 'SHARES', 'Item', 'Family', 'join', 'sample',
-           'split_of', 'rows', 'check', 'raw_text']
+           'split_of', 'rows', 'check', 'wordy', 'pairs', 'raw_text']
 
 # %% ../nbs/02_tasks.ipynb #fbfd44c4
 import hashlib, random
@@ -240,6 +240,31 @@ def check(row,       # a row of `rows`, or any dict with `family` and `answer`
     value = FAMILIES[row['family']].value
     try: return value(completion.strip()) == value(row['answer'])
     except ValueError: return False
+
+# %% ../nbs/02_tasks.ipynb #be0dec49
+def wordy(answer): # text
+    "An answer in a sentence"
+    return f'The answer is {answer}.'
+
+def _wrong(row, rng):
+    "An answer to another question of the family that is wrong for this one, of as many words if there is one"
+    drawn = [sample(row['family'], rng, 1 + k%3).answer for k in range(60)]
+    wrong = [y for y in drawn if not check(row, y)]
+    return next((y for y in wrong if len(y.split()) == len(row['answer'].split())), wrong[0])
+
+def pairs(n,               # number of rows
+          split='train',   # as in `rows`
+          worse='wrong',   # what the rejected answer is: 'wrong', or 'wordy'
+          seed=0,          # the same seed gives the same rows
+          **options        # of `rows`
+         ):                # list of dicts with `prompt`, `chosen`, `rejected`, `family` and `answer`
+    "Preference rows: the right answer, and a worse one"
+    if worse not in ('wrong', 'wordy'): raise FtkitError(f"worse '{worse}' is unknown: use wrong or wordy")
+    right,rng = rows(n, split, seed=seed, **options),random.Random(seed)
+    def said(text): return [dict(role='assistant', content=text)]
+    def bad(row): return wordy(row['answer']) if worse == 'wordy' else _wrong(row, rng)
+    return [dict(prompt=r['messages'][:1], chosen=said(r['answer']), rejected=said(bad(r)), family=r['family'],
+                 answer=r['answer']) for r in right]
 
 # %% ../nbs/02_tasks.ipynb #f3d55864
 SHARES = dict(add=4, subtract=4, largest=1, spell=3, reverse=3, opposite=3, capital=2, extract=4)
