@@ -46,6 +46,7 @@ bench: .venv/.installed  ## side by side with TRL; run it when nothing else runs
 	python bench/pack.py
 	python bench/nf4.py
 	python bench/sft.py
+	python bench/dpo.py
 
 docs: .venv/.installed  ## the site, in _docs/index.html
 	python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, skip_folder_re='^[_.]|^runs$$')"

@@ -1,10 +1,10 @@
-"""DPO on pairs of unequal length, LoRA, a large vocabulary, a CPU: pairs per second and peak memory, beside TRL's DPOTrainer
+"""DPO on pairs of unequal length, LoRA, a large vocabulary, a CPU: pairs per second and memory, beside TRL's DPOTrainer
 
     python bench/dpo.py [STEPS]
 
 The model of bench/sft.py and real pairs, at most 512 tokens a prompt with its answer, four pairs a step, the adapter
-switched off as reference. Both sides learn from the same rows in the same order; their first losses must be equal. Each runs in a process of its own,
-in turns, twice; the better run counts. Six minutes. Prints one line per side, and how many tokens each puts
+switched off as reference. Both sides learn from the same rows in the same order. Each runs in a process of its own, in
+turns, twice; the better run counts. Six minutes. Prints one line per side, and how many tokens each puts
 through the model; writes bench/dpo.json.
 """
 import os
@@ -44,17 +44,19 @@ def work(tok, data):
             dpo.loss(net, top, batch).losses.sum().backward()
     whole = [max(len(data[i]['prompt_ids']) + max(len(data[i]['chosen_ids']), len(data[i]['rejected_ids']))
                  for i in range(k*BATCH, (k+1)*BATCH))*2*BATCH for k in range(len(some))]
-    return (counter.get_total_flops()/4, sum(b['inputs']['input_ids'].numel() for b in some)/len(some), sum(whole)/len(some))
+    tokens = sum(b['inputs']['input_ids'].numel() for b in some)
+    return counter.get_total_flops()/4, tokens/len(some), sum(whole)/len(some)
 
 def one(which, steps, folder):
     "Print a run's figures as JSON"
     from ftkit.train import train
-    tok,net = tokenizer(),adapted()
+    tok = tokenizer()
     data = pairs(tok)
-    options = dict(per_device_train_batch_size=BATCH, learning_rate=1e-5, save_strategy='no', overwrite=True, engine=which)
+    options = dict(per_device_train_batch_size=BATCH, learning_rate=1e-5, save_strategy='no', overwrite=True,
+                   reference='adapter', engine=which, out=f'{folder}/{which}')
     def timed(n):
-        start = time.perf_counter()
-        return train(net, tok, data, 'dpo', out=f'{folder}/{which}', max_steps=n, reference='adapter', **options).log, time.perf_counter()-start
+        net,start = adapted(),time.perf_counter()
+        return train(net, tok, data, 'dpo', max_steps=n, **options).log, time.perf_counter()-start
     first = timed(1)[0][0]['loss'] # warm
     one_step,(log,all_steps) = timed(1)[1],timed(steps+1)
     seconds = (all_steps-one_step)/steps # without what is done once
@@ -75,9 +77,11 @@ def main(steps='6'):
         print(f"{which}: {BATCH/r['seconds']:.2f} pairs/s, peak {r['peak']/2**30:.2f} GiB, "
               f"{flops/r['seconds']/limit:.0%} of the matmul rate, loss {r['first']:.4f} to {r['last']:.4f}")
     ours,theirs = best['ftkit'],best['trl']
-    print(f"{theirs['seconds']/ours['seconds']:.2f} times TRL's pairs/s, {ours['peak']/theirs['peak']:.2f} of its memory; "
-          f'{tokens:,.0f} tokens a step instead of {padded:,.0f}; {flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s')
-    (HERE/'dpo.json').write_text(json.dumps(dict(sides=sides, flops=flops, rate=limit, tokens=tokens, padded=padded), indent=1))
+    faster,memory = theirs['seconds']/ours['seconds'],ours['peak']/theirs['peak']
+    print(f"{faster:.2f} times TRL's pairs/s, {memory:.2f} of its memory; {tokens:,.0f} tokens a step instead of "
+          f'{padded:,.0f}; {flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s')
+    found = dict(sides=sides, flops=flops, rate=limit, tokens=tokens, padded=padded)
+    (HERE/'dpo.json').write_text(json.dumps(found, indent=1))
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,8 +1,8 @@
 """Pairs, labelled answers and groups: encoded, cut, and laid so that the prompt is computed once
 
-Preference data has two answers to a prompt, KTO one with a label, reinforcement learning a group. `encode_answers` makes
-token ids of them, `cut_answers` a length, and says what that cost, `AnswerCollator` a batch in which no token is padding
-and no prompt stands twice, and `best_layout` measures whether a model allows that.
+Preference data has two answers to a prompt, KTO one with a label, reinforcement learning a group. `encode_answers`
+makes token ids of them, `cut_answers` a length, and says what that cost, `AnswerCollator` a batch in which no token
+is padding and no prompt stands twice, and `best_layout` measures whether a model allows that.
 
 Docs: https://ftkit.github.io/ftkit/answers.html.md"""
 
@@ -74,7 +74,7 @@ def encode_answers(tok,             # tokenizer with a chat template
                    controls='keep', # as in `encode_dataset`
                    on_error='raise', # or 'skip': leave out rows that the template refuses, and say how many
                    num_proc=None    # number of processes
-                  ):                # `Dataset` with `prompt_ids` and, for each answer, `chosen_ids` for instance; and `row`
+                  ):                # `Dataset` with `prompt_ids`, `chosen_ids` and so on for each answer; `row`
     "Encode prompts and their answers; raises `FtkitError` with the first row that cannot be used"
     import numpy as np, pyarrow as pa
     from datasets import Dataset, IterableDataset
@@ -135,7 +135,7 @@ def _cut_row(prompt, answers, masks, report):
     prompt,counts = kept
     shorter,masks = [a[:k] for a,k in zip(answers, counts)],[m[:k] for m,k in zip(masks, counts)]
     if not len(prompt) or not all(m.any() for m in masks): report.empty += 1
-    elif len(answers) == 2 and len(shorter[0]) == len(shorter[1]) and (shorter[0] == shorter[1]).all(): report.equal += 1
+    elif len(answers) == 2 and shorter[0].tolist() == shorter[1].tolist(): report.equal += 1
     else:
         report.kept,report.lost = report.kept+1,report.lost - len(prompt) - sum(counts)
         report.unended += sum(k < len(a) for a,k in zip(answers, counts))
@@ -148,7 +148,8 @@ def _cut_table(table, names, report):
     masked = [n for n in names if f'{n}_mask' in table.column_names]
     prompts,ids = _arrays(table['prompt_ids']),list(zip(*(_arrays(table[f'{n}_ids']) for n in names)))
     own = {n: _arrays(table[f'{n}_mask']) for n in masked}
-    rows,numbers = [],table['row'].to_pylist() if 'row' in table.column_names else range(report.rows, report.rows+len(table))
+    numbers = table['row'].to_pylist() if 'row' in table.column_names else range(report.rows, report.rows+len(table))
+    rows = []
     for i,(prompt,answers) in enumerate(zip(prompts, ids)):
         masks = [own[n][i] if n in own and len(own[n][i]) else np.ones(len(a), bool) for n,a in zip(names, answers)]
         if len(prompt) + max(map(len, answers)) > report.max_length:
@@ -200,7 +201,7 @@ def _tree(example, names):
 
 # %% ../nbs/15_answers.ipynb #fd03d634
 def _fill(trees, rows, pad):
-    "Arrays of ids, positions, trees and branches of every row, and for each answer: where it is predicted, what, its end"
+    "Ids, positions, trees and branches of every row; for each answer: where it is predicted, its tokens, its end"
     import numpy as np
     sizes = [len(p) + sum(map(len, a)) for p,a,_ in trees]
     shape = len(rows),max(sum(sizes[k] for k in row) for row in rows)
@@ -292,7 +293,7 @@ def _hidden(model, collate, examples):
 def strays(model, # any transformers model of text
            tok,   # its tokenizer
            layout # one of `LAYOUTS`
-          ):      # (how far answers move when others change, how far they are from padded ones), as shares of their size
+          ):      # how far answers move when others change, and are from padded ones, as shares of their size
     "Measure whether answers are blind to each other in a layout, and the same as alone"
     collate,vocab = AnswerCollator(tok, model, layout),model.get_input_embeddings().weight.shape[0]
     one,other = _examples(vocab, 0),_examples(vocab, 1)

@@ -175,6 +175,7 @@ def _base(name, tok, precision, quantize=False, attention=None, remote_code=Fals
         if hasattr(layer, 'support_avx512bf16_for_cpu'): layer.support_avx512bf16_for_cpu = False
     return model, _ready(model, tok)
 
+# %% ../nbs/22_models.ipynb #5d48b1c7
 def _ready(model, tok):
     "Make room for new tokens, and let generation stop where the template does; ids of the new tokens"
     new = grow_embeddings(model, tok)
@@ -369,7 +370,8 @@ def save(model,  # a tuned model
     with _whole(folder) as tmp:
         try: model.save_pretrained(tmp, **(dict(save_embedding_layers=False) if hasattr(model, 'peft_config') else {}))
         except SafetensorError as e: raise OSError(_first(e)) from e
-        _write_chat(tok, getattr(model, 'generation_config', None) or _generation(tok), tmp, **getattr(model, 'ftkit', {}))
+        generation = getattr(model, 'generation_config', None) or _generation(tok)
+        _write_chat(tok, generation, tmp, **getattr(model, 'ftkit', {}))
     return Path(folder)
 
 # %% ../nbs/22_models.ipynb #2fd4d9cf

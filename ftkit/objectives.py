@@ -1,7 +1,7 @@
 """What a row becomes, how rows become a batch, and what the batch costs
 
-An objective is three functions. `OBJECTIVES` has one for each way to learn that ftkit knows (`sft`, `reward`, `dpo`, `kto`,
-`orpo`, `cpo`, `simpo`); add yours to it, and `train` runs it.
+An objective is three functions. `OBJECTIVES` has one for each way to learn that ftkit knows (`sft`, `reward`, `dpo`,
+`kto`, `orpo`, `cpo`, `simpo`); add yours to it, and `train` runs it.
 
 Docs: https://ftkit.github.io/ftkit/objectives.html.md"""
 
@@ -21,7 +21,7 @@ from .core import FtkitError
 from .dpo import dpo_loss, ld_logps, preference_metrics
 from .kto import kto_kl, kto_loss, mismatched
 from .lengths import cut_dataset, truncate
-from .logps import Head, answer_logps, by_answer, head, hidden_states, sequence_logps
+from .logps import Head, answer_logps, by_answer, head as find_head, hidden_states, sequence_logps
 from .mask import encode_dataset
 from .orpo import cpo_loss, log_odds_ratio, orpo_loss, simpo_loss
 from .pack import Collator, pack_dataset, packable
@@ -42,7 +42,7 @@ class Objective:
     collate: callable       # (tok, model, packing) -> collator
     loss: callable          # (model, its head, batch, *, options of its own) -> `Outcome`
     reference: bool = False # does the loss read `ref_logps`, log-probabilities of the answers under a reference?
-    head: callable = head   # model -> what makes numbers of its hidden states
+    head: callable = find_head # model -> what makes numbers of its hidden states
 
     def options(self):
         "Its own options and their defaults"
@@ -66,6 +66,7 @@ def _cut_stream(ds, max_length, too_long):
         else: lost += 1
     if lost: print(f'{lost} of {n} rows of the stream were too long, or had nothing to train')
 
+# %% ../nbs/39_objectives.ipynb #0b2b8c8a
 def _sft_rows(tok, ds, max_length=None, too_long='drop', packing=False, encode=encode_dataset):
     "Rows as numbers, which they may be already, cut and packed"
     if not hasattr(ds, '__len__'): return _stream(tok, ds, max_length, too_long, packing)
@@ -125,7 +126,6 @@ def _answer_batch(tok, model, packing=None):
 def reward_head(model # with one label, from transformers' `AutoModelForSequenceClassification`
                ):     # `Head`
     "The layer that makes the reward; raises `FtkitError` for another kind of model"
-    import torch
     layer = next((m for name,m in model.named_modules() if name.split('.')[-1] == 'score'), None)
     if layer is None or model.config.num_labels != 1: raise FtkitError(
         f'{type(model).__name__} gives no single score: load_model(..., reward=True)')
@@ -161,12 +161,14 @@ def _means(metrics, top1, lengths):
     right,mask = (x[::2] for x in by_answer(top1, lengths))
     return {k: (v.sum(), len(v)) for k,v in metrics.items()} | dict(mean_token_accuracy=(right.sum(), mask.sum()))
 
+# %% ../nbs/39_objectives.ipynb #b3ff5033
 def _dpo(model, head, batch, *, beta=.1, loss_type='sigmoid', loss_weights=None, label_smoothing=0.,
          f_divergence_type='reverse_kl', discopop_tau=.05, ld_alpha=None):
     found,lengths = answer_logps(model, head, batch),batch['lengths']
     four = *_sums(found.logps, lengths, ld_alpha), *_sums(batch['ref_logps'], lengths, ld_alpha)
-    loss = dpo_loss(*four, beta, loss_type, loss_weights, label_smoothing, _pairs(lengths), f_divergence_type, discopop_tau)
-    return Outcome(loss, len(loss), _means(preference_metrics(*four, beta, _pairs(lengths)), found.top1, lengths))
+    sizes = _pairs(lengths)
+    loss = dpo_loss(*four, beta, loss_type, loss_weights, label_smoothing, sizes, f_divergence_type, discopop_tau)
+    return Outcome(loss, len(loss), _means(preference_metrics(*four, beta, sizes), found.top1, lengths))
 
 # %% ../nbs/39_objectives.ipynb #55b063f5
 OBJECTIVES['dpo'] = Objective(_answers, _answer_batch, _dpo, reference=True)
@@ -186,6 +188,7 @@ def _orpo(model, head, batch, *, beta=.1, sft_average='example'):
         nll_loss=nll.detach(), log_odds_chosen=odds, log_odds_ratio=odds.sigmoid().log())
     return Outcome(orpo_loss(chosen, rejected, beta, nll), len(nll), _means(metrics, found.top1, batch['lengths']))
 
+# %% ../nbs/39_objectives.ipynb #caa6adae
 def _cpo(model, head, batch, *, beta=.1, loss_type='sigmoid', label_smoothing=0., cpo_alpha=1., alpha=0.,
          simpo_gamma=0., sft_average='example'):
     found,lengths = answer_logps(model, head, batch),_pairs(batch['lengths'])
@@ -202,12 +205,13 @@ def _simpo(model, head, batch, *, beta=2., simpo_gamma=1., label_smoothing=0., a
                 alpha=alpha, simpo_gamma=simpo_gamma)
 
 # %% ../nbs/39_objectives.ipynb #fb88eda1
-OBJECTIVES |= {name: Objective(_answers, _answer_batch, loss) for name,loss in dict(orpo=_orpo, cpo=_cpo, simpo=_simpo).items()}
+OBJECTIVES |= {name: Objective(_answers, _answer_batch, loss)
+               for name,loss in dict(orpo=_orpo, cpo=_cpo, simpo=_simpo).items()}
 
 # %% ../nbs/39_objectives.ipynb #562425a9
 def _labelled(tok, ds, max_length=None, too_long='drop', packing=None):
     ds = _answers(tok, ds, max_length, too_long, packing, ('completion',))
-    if 'label' not in ds.column_names: raise FtkitError('KTO needs to know whether an answer is good: label true or false')
+    if 'label' not in ds.column_names: raise FtkitError('KTO needs to know which answers are good: label true or false')
     if 'KL_completion_ids' in ds.column_names: return ds
     ds = ds.remove_columns([c for c in ds.column_names if c == 'KL_completion_mask'])
     names = [c for c in ('completion_ids', 'completion_mask') if c in ds.column_names]
@@ -215,6 +219,7 @@ def _labelled(tok, ds, max_length=None, too_long='drop', packing=None):
     from datasets import concatenate_datasets
     return concatenate_datasets([ds, others], axis=1)
 
+# %% ../nbs/39_objectives.ipynb #93cc91ec
 def _across(x):
     "The mean over all processes"
     import torch.distributed as dist

@@ -1,7 +1,7 @@
 """What the model was before training, three ways
 
-DPO and KTO measure how far a model has moved from where it began. `Reference` knows where that was: the model with its adapter
-switched off, a frozen copy of it, or numbers that were computed before training and are kept on disk.
+DPO and KTO measure how far a model has moved from where it began. `Reference` knows where that was: the model with
+its adapter switched off, a frozen copy of it, or numbers that were computed before training and are kept on disk.
 
 Docs: https://ftkit.github.io/ftkit/reference.html.md"""
 
@@ -56,7 +56,8 @@ class Reference:
                  model,   # at its start
                  how=None # one of `REFERENCES`
                 ):
-        if how not in (None, *REFERENCES): raise FtkitError(f"reference '{how}' is unknown: use one of {', '.join(REFERENCES)}")
+        if how not in (None, *REFERENCES): raise FtkitError(
+            f"reference '{how}' is unknown: use one of {', '.join(REFERENCES)}")
         if how == 'adapter' and not hasattr(model, 'peft_config'): raise FtkitError(
             "reference='adapter': this model has no adapter to switch off: use precomputed or copy")
         self.how = how or ('adapter' if changes_nothing(model) else 'precomputed')
@@ -80,7 +81,8 @@ def rows_hash(ds,          # `Dataset` of numbers
               columns=None # which of its columns; all that an objective reads by default
              ):            # text of 32 letters
     "A hash of what is in the rows"
-    columns = columns or [c for c in ds.column_names if c.endswith(('_ids', '_mask')) or c in ('labels', 'weights', 'label', 'margin')]
+    read = 'labels', 'weights', 'label', 'margin'
+    columns = columns or [c for c in ds.column_names if c.endswith(('_ids', '_mask')) or c in read]
     h = hashlib.sha256(json.dumps(columns).encode())
     for table in ds.select_columns(columns).with_format('arrow').iter(10_000):
         for column in table.columns:
@@ -123,6 +125,7 @@ def _computed(reference, ds, collate, batch_size, move):
                 column[some[j//len(called)]] = x.numpy()
     return pa.table({c: pa.array(v, pa.list_(pa.float32())) for c,v in out.items()})
 
+# %% ../nbs/39_reference.ipynb #d87833f2
 def precompute(reference,        # `Reference`
                ds,               # `Dataset` of an objective on answers
                collate,          # `AnswerCollator`
@@ -137,7 +140,8 @@ def precompute(reference,        # `Reference`
     from huggingface_hub.constants import HF_HOME
     columns = [c for c in ds.column_names if c.endswith(('_ids', '_mask'))]
     folder = Path(folder or Path(HF_HOME)/'ftkit'/'reference')
-    parts = __version__, torch.__version__, precision, rows_hash(ds, columns), _weights_hash(reference.model), reference.how
+    hashes = rows_hash(ds, columns),_weights_hash(reference.model)
+    parts = __version__, torch.__version__, precision, *hashes, reference.how
     file = folder/f'{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.arrow'
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

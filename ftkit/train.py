@@ -182,7 +182,7 @@ def _callbacks(path):
     return [Log, Bar, Guard]
 
 # %% ../nbs/40_train.ipynb #0e6616ef
-_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|samples\.jsonl|(log\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
+_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|(log\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
 
 def run_files(path # folder of a run
              ):    # list of paths
@@ -322,7 +322,8 @@ def _with_reference(trainer, data, eval_data, precision):
     def done(ds):
         if ds is None: return None
         with trainer.args.main_process_first(), trainer.accelerator.autocast(): return precompute(
-            trainer.reference, ds, trainer.data_collator, trainer.args.eval_batch_size, precision, trainer._prepare_inputs)
+            trainer.reference, ds, trainer.data_collator, trainer.args.eval_batch_size, precision,
+            trainer._prepare_inputs)
     trainer.train_dataset,trainer.eval_dataset = done(data),done(eval_data)
     trainer.reference = None
 
@@ -342,22 +343,23 @@ def _run(trainer, checkpoint, record):
 def _maker(engine, objective, own, began, model, tok, settings):
     "A function that makes a trainer"
     from transformers import TrainingArguments
-    if engine == 'trl': return partial(trl_trainer, objective, own, began, model, tok, partial(_arguments, settings=settings))
+    if engine == 'trl': return partial(
+        trl_trainer, objective, own, began, model, tok, partial(_arguments, settings=settings))
     obj = OBJECTIVES[objective]
     return partial(_trainer, obj, partial(obj.loss, **own), began, model, _arguments(TrainingArguments, settings))
 
 # %% ../nbs/40_train.ipynb #f655e881
 def train(model,            # from `load_model`
           tok,              # its tokenizer
-          data,             # `Dataset`, stream or list of rows of a kind that the objective takes, or as it prepares them
+          data,             # `Dataset`, stream or list of rows that the objective takes, or as it prepares them
           objective='sft',  # a key of `OBJECTIVES`
           out=None,         # folder of the run; `runs/` and the objective by default
           eval_data=None,   # rows to measure the loss on while training
           max_length=None,  # tokens of a row, or of a prompt with an answer
           too_long='drop',  # what happens to longer rows: one of `ftkit.lengths.WAYS`
-          packing=None,     # SFT: fill rows of `max_length` with several examples: True, 'bfd' or, for raw text, 'wrapped';
+          packing=None,     # SFT: fill rows of `max_length` with several examples: True, 'bfd', for raw text 'wrapped';
                             # answers: lay batches without padding, which is done where the model allows it: False pads
-          reference=None,   # for DPO and KTO: one of `ftkit.reference.REFERENCES`; the cheapest that is right by default
+          reference=None,   # for DPO and KTO: one of `ftkit.reference.REFERENCES`; the cheapest right one by default
           precision='fp32', # of the arithmetic: 'bf16' and 'fp16' use autocast, on GPUs that have them
           resume=False,     # go on from the newest checkpoint in `out`, if there is one
           overwrite=False,  # delete an earlier run in `out`

@@ -1,7 +1,8 @@
 """The same rows and options, handed to TRL's trainers
 
-TRL's trainers are what most people fine-tune with, and what ftkit is compared to. `trl_trainer` makes one for an objective: it gets the rows
-that ftkit prepared, so both learn from the same tokens, and the options under their own names. `train(..., engine='trl')` calls it.
+TRL's trainers are what most people fine-tune with, and what ftkit is compared to. `trl_trainer` makes one for an
+objective: it gets the rows that ftkit prepared, so both learn from the same tokens, and the options under their own
+names. `train(..., engine='trl')` calls it.
 
 Docs: https://ftkit.github.io/ftkit/with_trl.html.md"""
 
@@ -17,9 +18,11 @@ from .core import FtkitError, need
 
 # %% ../nbs/39_with_trl.ipynb #1a76d2e6
 TRL = dict(sft=('trl', 'SFT'), reward=('trl', 'Reward'), dpo=('trl', 'DPO'), kto=('trl', 'KTO'),
-           orpo=('trl.experimental.orpo', 'ORPO'), cpo=('trl.experimental.cpo', 'CPO'), simpo=('trl.experimental.cpo', 'CPO'))
+           orpo=('trl.experimental.orpo', 'ORPO'), cpo=('trl.experimental.cpo', 'CPO'),
+           simpo=('trl.experimental.cpo', 'CPO'))
 _columns = dict(sft=('input_ids', 'labels', 'position_ids'), dpo=('prompt_ids', 'chosen_ids', 'rejected_ids'),
-                kto=('prompt_ids', 'completion_ids', 'KL_completion_ids', 'label'), reward=('chosen_ids', 'rejected_ids', 'margin'))
+                kto=('prompt_ids', 'completion_ids', 'KL_completion_ids', 'label'),
+                reward=('chosen_ids', 'rejected_ids', 'margin'))
 
 def _whole(row):
     "Prompt and answer in one, as the reward trainer wants them"
@@ -27,10 +30,12 @@ def _whole(row):
 
 def _labelled(row):
     "What the experimental trainers make of a row"
-    out,prompt = dict(prompt_input_ids=row['prompt_ids'], prompt_attention_mask=[1]*len(row['prompt_ids'])),row['prompt_ids']
+    prompt = row['prompt_ids']
+    out = dict(prompt_input_ids=prompt, prompt_attention_mask=[1]*len(prompt))
     for n in ('chosen', 'rejected'):
-        ids = prompt + row[f'{n}_ids']
-        out |= {f'{n}_input_ids': ids, f'{n}_attention_mask': [1]*len(ids), f'{n}_labels': [-100]*len(prompt) + row[f'{n}_ids']}
+        answer = row[f'{n}_ids']
+        out |= {f'{n}_input_ids': prompt + answer, f'{n}_attention_mask': [1]*len(prompt + answer),
+                f'{n}_labels': [-100]*len(prompt) + answer}
     return out
 
 # %% ../nbs/39_with_trl.ipynb #31f01b6b
@@ -45,7 +50,8 @@ def trl_rows(ds,       # as an objective of ftkit prepares them
         f"engine='trl' trains every token of an answer alike: {', '.join(odd)} cannot be used")
     if objective == 'reward': ds = ds.map(_whole)
     if objective in ('orpo', 'cpo', 'simpo'): ds = ds.map(_labelled)
-    keep = _columns.get(objective, tuple(c for c in ds.column_names if c.endswith(('input_ids', 'attention_mask', 'labels'))))
+    made = [c for c in ds.column_names if c.endswith(('input_ids', 'attention_mask', 'labels'))]
+    keep = _columns.get(objective, made)
     return ds.select_columns([c for c in keep if c in ds.column_names])
 
 def _options(objective, own, settings):
@@ -86,5 +92,5 @@ def trl_trainer(objective,     # a key of `TRL`
         def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
         def tokenize_row(self, feature, model=None): return feature
 
-    return Prepared(model, args=arguments.func(config, options), processing_class=tok, callbacks=list(callbacks), **more,
-                    train_dataset=trl_rows(train_dataset, objective), eval_dataset=trl_rows(eval_dataset, objective))
+    more |= dict(train_dataset=trl_rows(train_dataset, objective), eval_dataset=trl_rows(eval_dataset, objective))
+    return Prepared(model, args=arguments.func(config, options), processing_class=tok, callbacks=[*callbacks], **more)

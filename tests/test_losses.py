@@ -72,7 +72,8 @@ def test_trl_has_no_other_variant():
     assert named == VARIANTS.keys()
 
 @pytest.mark.parametrize('name', DIVERGENCES)
-def test_divergences(name): close(ours_dpo('sigmoid', f_divergence_type=name)[0], trl_dpo('sigmoid', f_divergence_type=name)[0])
+def test_divergences(name):
+    close(*(f('sigmoid', f_divergence_type=name)[0] for f in (ours_dpo, trl_dpo)))
 
 @pytest.mark.parametrize('alpha', [0., .3, 1.])
 def test_length_desensitised(alpha): close(*(f('sigmoid', ld_alpha=alpha)[0] for f in (ours_dpo, trl_dpo)))

@@ -1,4 +1,5 @@
 "Every objective through the trainer: against TRL's trainers, packed against padded, accumulated, checkpointed, resumed"
+from functools import partial
 import pytest, torch
 from ftkit.chat import set_template
 from ftkit.dpo import VARIANTS
@@ -53,11 +54,13 @@ def column(run, name): return torch.tensor([e[name] for e in run.log if name in 
 
 # against TRL's trainers
 
-CASES = {'reward': {}, 'reward centred': dict(center_rewards_coefficient=.01), 'kto': dict(train_sampling_strategy='sequential'),
-         'kto apo_zero_unpaired': dict(loss_type='apo_zero_unpaired'), 'kto weighted': dict(desirable_weight=1.5, loss_type='apo_zero_unpaired'),
-         'orpo': dict(sft_average='token'), 'cpo': dict(sft_average='token'),
-         'cpo hinge': dict(sft_average='token', loss_type='hinge'), 'cpo ipo': dict(sft_average='token', loss_type='ipo'), 'simpo': {}}
-CASES |= {f'dpo {name}': dict(loss_type=name, **(dict(label_smoothing=.1) if name in ('exo_pair', 'robust') else {})) for name in VARIANTS}
+TOKEN,APO = dict(sft_average='token'),dict(loss_type='apo_zero_unpaired')
+CASES = {'reward': {}, 'reward centred': dict(center_rewards_coefficient=.01),
+         'kto': dict(train_sampling_strategy='sequential'),
+         'kto apo_zero_unpaired': APO, 'kto weighted': dict(desirable_weight=1.5, **APO),
+         'orpo': TOKEN, 'cpo': TOKEN,
+         'cpo hinge': dict(loss_type='hinge', **TOKEN), 'cpo ipo': dict(loss_type='ipo', **TOKEN), 'simpo': {}}
+CASES |= {f'dpo {name}': dict(loss_type=name, label_smoothing=.1*(name in ('exo_pair', 'robust'))) for name in VARIANTS}
 CASES |= {'dpo ld': dict(ld_alpha=.3), 'dpo js': dict(f_divergence_type='js_divergence'),
           'dpo mixed': dict(loss_type=['sigmoid', 'sft'], loss_weights=[1., .5])}
 
@@ -76,7 +79,7 @@ def test_every_step_equals_trls(tmp_path, case, adapter):
     for name in shared:
         # the first step is made at a rate of 0: before the second both answers are worth the same, but for rounding
         a,b = (column(r, name)[2*(name == 'rewards/accuracies'):] for r in (ours, theirs))
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4, msg=lambda m: f'{name}: {m}')
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4, msg=partial('{}: {}'.format, name))
 
 def test_the_rows_trl_makes_itself_teach_the_same(tmp_path):
     "TRL's DPOTrainer on messages, with its own tokens"
@@ -84,9 +87,9 @@ def test_the_rows_trl_makes_itself_teach_the_same(tmp_path):
     from trl import DPOConfig, DPOTrainer
     model,tok = start('dpo', 'lora')
     ours = run(tmp_path, 'dpo', 'lora')
-    settings = DPOConfig(str(tmp_path/'trl'), max_steps=STEPS, learning_rate=1e-3, warmup_steps=5, logging_steps=1, seed=0,
-        per_device_train_batch_size=8, use_cpu=True, bf16=False, save_strategy='no', report_to='none', disable_tqdm=True,
-        gradient_checkpointing=False)
+    settings = DPOConfig(str(tmp_path/'trl'), max_steps=STEPS, learning_rate=1e-3, warmup_steps=5, logging_steps=1,
+        seed=0, per_device_train_batch_size=8, use_cpu=True, bf16=False, save_strategy='no', report_to='none',
+        disable_tqdm=True, gradient_checkpointing=False)
     trainer = DPOTrainer(model, args=settings, processing_class=tok, train_dataset=Dataset.from_list(pairs()))
     trainer.train()
     theirs = torch.tensor([e['loss'] for e in trainer.state.log_history if 'loss' in e])
@@ -142,7 +145,6 @@ def test_accumulation_equals_one_batch(objective):
 
 def test_accumulation_of_kto_without_its_reference_point():
     "With it, each micro-batch has its own, which the page says"
-    from functools import partial
     from dataclasses import replace
     kto = OBJECTIVES['kto']
     OBJECTIVES['apo'] = replace(kto, loss=partial(kto.loss, loss_type='apo_zero_unpaired'))
@@ -173,14 +175,16 @@ def test_a_leaking_layout_is_noticed(objective, monkeypatch):
 def test_references_agree(tmp_path, objective, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HOME', str(tmp_path/'cache'))
     for adapter,ways in ((None, ('precomputed', 'copy')), ('lora', ('adapter', 'precomputed', 'copy'))):
-        first,*others = [run(tmp_path, objective, adapter, reference=way, name=f'{adapter}{way}', eval_data=data_for(objective, 24))
+        held = data_for(objective, 24)
+        first,*others = [run(tmp_path, objective, adapter, reference=way, name=f'{adapter}{way}', eval_data=held)
                          for way in ways]
         assert first.record['reference'] == ways[0]
         for other in others:
             for name in ('loss', 'rewards/chosen', 'rewards/rejected'):
                 torch.testing.assert_close(column(first, name), column(other, name), atol=2e-5, rtol=1e-5)
             assert abs(first.metrics['eval_loss']-other.metrics['eval_loss']) < 2e-5
-    assert len(list((tmp_path/'cache').rglob('*.arrow'))) == 4 # rows to train and to hold out, with and without an adapter
+    # rows to train and to hold out, with and without an adapter
+    assert len(list((tmp_path/'cache').rglob('*.arrow'))) == 4
 
 def test_a_trained_adapter_is_its_own_reference(tmp_path):
     "DPO after SFT on the same adapter begins at ln 2, and does not measure from the model before SFT"
