@@ -1,0 +1,121 @@
+"The trainer when things go wrong: losses that are not finite, early stops, kills; and records, precision, real pairs"
+import os, signal, subprocess, sys, time
+import pytest, torch
+from ftkit.core import FtkitError
+from ftkit.objectives import OBJECTIVES
+from ftkit.train import last_checkpoint, read_log, train
+from test_objectives import ANSWERED, pairs, run
+
+def poisoned(objective, at=3):
+    "The objective, whose loss is not a number in the third training batch"
+    from dataclasses import replace
+    obj,seen = OBJECTIVES[objective],[]
+    def loss(model, head, batch, **options):
+        found = obj.loss(model, head, batch, **options)
+        seen.append(model.training)
+        return found._replace(losses=found.losses*float('nan')) if sum(seen) == at else found
+    return replace(obj, loss=loss)
+
+@pytest.mark.parametrize('objective', ['sft', 'dpo', 'kto'])
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_batch(tmp_path, objective, monkeypatch):
+    from safetensors.torch import load_file
+    monkeypatch.setitem(OBJECTIVES, objective, poisoned(objective))
+    with pytest.raises(FtkitError, match='not finite at step 3'): run(tmp_path, objective, 'lora', max_steps=6)
+    batch = load_file(tmp_path/'run'/'bad_batch.safetensors')
+    assert batch['input_ids' if objective == 'sft' else 'inputs.input_ids'].numel()
+    assert len([e for e in read_log(tmp_path/'run') if 'loss' in e]) == 2
+    monkeypatch.undo()
+    run(tmp_path, objective, 'lora', max_steps=2, overwrite=True)
+    assert not (tmp_path/'run'/'bad_batch.safetensors').exists()
+
+def test_patience_stops_early_and_keeps_the_best(tmp_path):
+    "Held-out pairs the wrong way around, which only get worse"
+    held = [p | dict(chosen=p['rejected'], rejected=p['chosen']) for p in pairs(24)]
+    found = run(tmp_path, 'dpo', 'lora', max_steps=20, learning_rate=5e-3, warmup_steps=0, patience=2, eval_data=held,
+                save_strategy='steps', eval_steps=2, save_steps=2)
+    steps = [e['step'] for e in found.log if 'eval_loss' in e]
+    losses = {e['step']: e['eval_loss'] for e in found.log if 'eval_loss' in e}
+    best = min((s for s in steps if s), key=losses.get)
+    assert steps[-1] < 20 and found.record['best_metric'] == losses[best]
+    assert found.record['best_checkpoint'].endswith(f'checkpoint-{best}')
+    with pytest.raises(FtkitError, match='patience needs eval_data'): run(tmp_path, 'dpo', patience=1, name='none')
+
+def test_the_record_says_what_a_run_was_made_of(tmp_path):
+    found = run(tmp_path, 'dpo', 'lora', max_steps=2, beta=.2)
+    record = found.record
+    assert record['options']['beta'] == .2 and record['reference'] == 'adapter' and record['packing'] == 'shared'
+    assert record['step'] == 2 and record['tokens'] > 0 and record['peak_memory'] > 2**20
+    assert record['versions'].keys() >= {'torch', 'transformers', 'peft'} and record['data']['rows'] == 160
+    again = run(tmp_path, 'dpo', 'lora', max_steps=2, name='again').record
+    other = run(tmp_path, 'dpo', 'lora', max_steps=2, name='other', data=pairs(80)).record
+    assert again['data']['hash'] == record['data']['hash'] != other['data']['hash']
+
+def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr('ftkit.train.find_spec', lambda name: None)
+    with pytest.raises(FtkitError, match="report_to='comet_ml': it is not installed: pip install comet-ml"):
+        run(tmp_path, 'dpo', report_to='comet_ml')
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('optim', ['adamw_torch_fused', 'adamw_8bit', 'paged_adamw_8bit', 'adafactor'])
+def test_optimizers(tmp_path, optim):
+    if '8bit' in optim: pytest.importorskip('bitsandbytes')
+    log = run(tmp_path, 'dpo', 'lora', max_steps=15, learning_rate=5e-3, optim=optim).log
+    losses = [e['loss'] for e in log if 'loss' in e]
+    assert sum(losses[-3:])/3 < losses[0]
+
+@pytest.mark.parametrize('objective', ANSWERED)
+def test_bf16(tmp_path, objective):
+    "Autocast on a CPU: the same losses, but for the rounding of 8 bits"
+    whole,half = (run(tmp_path, objective, 'lora', max_steps=4, precision=p, name=p).log for p in ('fp32', 'bf16'))
+    for a,b in zip(whole, half):
+        if 'loss' in a: assert abs(a['loss']-b['loss']) < .05*max(1, a['loss'])
+
+KILLED = '''
+import os, sys
+sys.path.insert(0, sys.argv[3])
+os.environ['IN_TEST'] = '1'
+from test_objectives import data_for, run
+from pathlib import Path
+run(Path(sys.argv[1]), sys.argv[2], 'lora', max_steps=30, save_strategy='steps', save_steps=5)
+'''
+
+@pytest.mark.parametrize('objective', ANSWERED)
+def test_killed_and_resumed_equals_unbroken(tmp_path, objective):
+    settings = dict(max_steps=30, save_strategy='steps', save_steps=5)
+    unbroken = run(tmp_path, objective, 'lora', name='unbroken', **settings)
+    (tmp_path/'run.py').write_text(KILLED)
+    here = os.path.dirname(__file__)
+    p = subprocess.Popen([sys.executable, tmp_path/'run.py', tmp_path, objective, here], stderr=subprocess.DEVNULL,
+                         env=os.environ | dict(OMP_NUM_THREADS='1'))
+    broken = tmp_path/'run'
+    def steps(): return len([e for e in read_log(broken) if 'loss' in e]) if (broken/'log.jsonl').exists() else 0
+    while p.poll() is None and steps() < 12: time.sleep(.005)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert p.returncode == -signal.SIGKILL, 'it was killed, and not done before'
+    assert last_checkpoint(broken) and not (broken/'adapter').exists()
+    resumed = run(tmp_path, objective, 'lora', resume=True, **settings)
+    a,b = ([e['loss'] for e in r.log if 'loss' in e] for r in (unbroken, resumed))
+    assert len(a) == len(b) == 30 and a == b
+
+REAL = dict(dpo=('rasbt_preference.jsonl', 'sharegpt_dpo_en.jsonl', 'hh_harmless_base.jsonl'), kto=('kto_en.jsonl',))
+FILES = [(objective, file) for objective,files in REAL.items() for file in files]
+
+@pytest.mark.parametrize('objective,file', FILES, ids=[f for _,f in FILES])
+def test_real_answers(shared, tmp_path, objective, file, capsys, recwarn):
+    "A few steps on a real model; rows in = rows out and rows left out, each with a reason"
+    from ftkit.answers import cut_answers, encode_answers
+    from ftkit.formats import load
+    from ftkit.models import load_model, load_tokenizer
+    folder = shared/'models'/'stories260K'
+    tok = load_tokenizer(folder)
+    rows = load(shared/'datasets'/file, on_error='skip')
+    ds = encode_answers(tok, rows, on_error='skip')
+    kept,cut = cut_answers(ds, 384, 'right')
+    assert cut.rows == len(ds) == cut.kept + cut.equal + cut.empty and len(kept) == cut.kept
+    print(f'{file}: {len(rows)} rows, {cut}')
+    recwarn.clear()
+    found = train(load_model(folder, tok), tok, kept, objective, out=tmp_path/'run', max_steps=3,
+                  per_device_train_batch_size=4)
+    assert all(torch.tensor(e['loss']).isfinite() for e in found.log if 'loss' in e)
+    assert [str(w.message) for w in recwarn if not issubclass(w.category, DeprecationWarning)] == []
