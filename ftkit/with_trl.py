@@ -14,7 +14,7 @@ __all__ = ['TRL', 'trl_rows', 'trl_trainer']
 # %% ../nbs/39_with_trl.ipynb #7fbb3a58
 from copy import deepcopy
 from importlib import import_module
-from .core import FtkitError, need
+from .core import FtkitError, need, no_bars
 
 # %% ../nbs/39_with_trl.ipynb #1a76d2e6
 TRL = dict(sft=('trl', 'SFT'), reward=('trl', 'Reward'), dpo=('trl', 'DPO'), kto=('trl', 'KTO'),
@@ -48,6 +48,7 @@ def trl_rows(ds,       # as an objective of ftkit prepares them
     if not isinstance(ds, Dataset): raise FtkitError("engine='trl' takes no streams")
     if odd := [c for c in ds.column_names if c == 'weights' or c.endswith('_mask')]: raise FtkitError(
         f"engine='trl' trains every token of an answer alike: {', '.join(odd)} cannot be used")
+    no_bars()
     if objective == 'reward': ds = ds.map(_whole)
     if objective in ('orpo', 'cpo', 'simpo'): ds = ds.map(_labelled)
     made = [c for c in ds.column_names if c.endswith(('input_ids', 'attention_mask', 'labels'))]

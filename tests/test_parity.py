@@ -60,7 +60,9 @@ def test_token_accuracy_equals_trls(tmp_path):
 def test_a_different_mask_is_noticed(tmp_path, monkeypatch):
     from ftkit.mask import encode_dataset
     from ftkit.train import OBJECTIVES
-    monkeypatch.setitem(OBJECTIVES, 'sft', replace(OBJECTIVES['sft'], prepare=partial(encode_dataset, train_on='all')))
+    sft = OBJECTIVES['sft']
+    everything = partial(sft.prepare, encode=partial(encode_dataset, train_on='all'))
+    monkeypatch.setitem(OBJECTIVES, 'sft', replace(sft, prepare=everything))
     data = rows(200)
     assert (ftkit_losses(data, tmp_path/'ours')-trl_losses(data, tmp_path/'theirs')).abs().max() > 1e-2
 
