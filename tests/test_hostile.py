@@ -80,7 +80,7 @@ def test_a_process_ends_with_code_2(spawn, tmp_path):
     (('--adapter', 'loro'), 'adapter = loro: must be one of lora, qlora, full'),
     (('--format', 'alpacca'), "format 'alpacca'"), (('--model', 'no/such'), 'no/such: no tokenizer'),
     (('--r', '0'), 'r=0: the rank'), (('--seed', '-1'), '--seed -1'), (('--batch-size', '-3'), 'must be a positive'),
-    (('--learning-rate', '1e30'), 'look at the rows, or lower learning_rate'),
+    (('--learning-rate', '1e30'), 'the loss is not finite at step'),
     (('--held-out', '1.5'), '--held-out 1.5'), (('--mapping', 'output=nope'), "'nope' is missing")])
 def test_wrong_options(ftkit, tmp_path, args, says):
     (tmp_path/'data.jsonl').write_bytes(jsonl(*[GOOD]*10))
