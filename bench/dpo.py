@@ -1,20 +1,20 @@
-"""DPO on pairs of unequal length, LoRA, a large vocabulary, a CPU: pairs per second and memory, beside TRL's DPOTrainer
+"""DPO on pairs of unequal length, LoRA, a large vocabulary: pairs per second and memory, beside TRL's DPOTrainer
 
-    python bench/dpo.py [STEPS]
+    python bench/dpo.py [STEPS] [ROUNDS]
 
-The model of bench/sft.py and real pairs, at most 512 tokens a prompt with its answer, four pairs a step, the adapter
-switched off as reference. Both sides learn from the same rows in the same order. Each runs in a process of its own, in
-turns, twice; the better run counts. Six minutes. Prints one line per side, and how many tokens each puts
-through the model; writes bench/dpo.json.
+The model of bench/sft.py and real pairs, the adapter switched off as reference. A CPU takes pairs of at most 512 tokens
+a prompt with its answer, four a step, a GPU of 1,024 and sixteen. Both sides learn from the same rows in the same
+order. Each runs in a process of its own, in turns; the better of two runs counts. Ten minutes on a CPU. Prints one line
+per side, and how many tokens each puts through the model; writes bench/dpo.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
-import json, resource, subprocess, sys, tempfile, time
+import json, subprocess, sys, tempfile, time
 from pathlib import Path
-from sft import SHARED, adapted, rate, tokenizer
+from sft import GPU, PRECISION, SHARED, STEPS, adapted, on_device, peak, rate, tokenizer
 
 HERE = Path(__file__).resolve().parent
-LENGTH,BATCH = 512,4
+LENGTH,BATCH = (1024, 16) if GPU else (512, 4)
 
 def pairs(tok):
     "Real pairs where the shared data are; tasks with a wrong answer where not"
@@ -28,7 +28,8 @@ def batches(tok, data, net, n=20):
     "Batches as a run draws them"
     from ftkit.answers import AnswerCollator
     collate = AnswerCollator(tok, net)
-    return [collate([data[i] for i in range(k*BATCH, (k+1)*BATCH)]) for k in range(min(n, len(data)//BATCH))]
+    return [on_device(collate([data[i] for i in range(k*BATCH, (k+1)*BATCH)]))
+            for k in range(min(n, len(data)//BATCH))]
 
 def work(tok, data):
     "(multiplications and additions, tokens through the model, tokens when padded) of an average step"
@@ -53,20 +54,19 @@ def one(which, steps, folder):
     tok = tokenizer()
     data = pairs(tok)
     options = dict(per_device_train_batch_size=BATCH, learning_rate=1e-5, save_strategy='no', overwrite=True,
-                   reference='adapter', engine=which, out=f'{folder}/{which}')
+                   reference='adapter', engine=which, precision=PRECISION, out=f'{folder}/{which}')
     def timed(n):
         net,start = adapted(),time.perf_counter()
         return train(net, tok, data, 'dpo', max_steps=n, **options).log, time.perf_counter()-start
     first = timed(1)[0][0]['loss'] # warm
     one_step,(log,all_steps) = timed(1)[1],timed(steps+1)
     seconds = (all_steps-one_step)/steps # without what is done once
-    print(json.dumps(dict(seconds=seconds, first=first, last=log[-2]['loss'],
-                          peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))
+    print(json.dumps(dict(seconds=seconds, first=first, last=log[-2]['loss'], peak=peak())))
 
-def main(steps='6'):
+def main(steps=STEPS, rounds='2'):
     sides = dict(ftkit=[], trl=[])
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
+        for _ in range(int(rounds)):
             for which,runs in sides.items():
                 out = subprocess.check_output([sys.executable, __file__, which, steps, folder], text=True)
                 runs.append(json.loads(out.splitlines()[-1]))

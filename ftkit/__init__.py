@@ -8,7 +8,7 @@ Modules:
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it, `ftkit merge` makes one model of it
 - `ftkit.core`: The machine, its settings, and errors that say what to do
 - `ftkit.dpo`: Learn from pairs of answers without a reward model, in fifteen ways
-- `ftkit.evaluate`: How many held-out questions are answered right
+- `ftkit.evaluate`: How many held-out questions are answered right, and which of two answers a model prefers
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
 - `ftkit.hparams`: Where to start, what is out of range, and who says so

@@ -190,7 +190,7 @@ def recommend(method='sft',    # sft, dpo, kto, orpo or reward
     ranges = _ranges(adapter)
     values = _adapter_values(adapter)
     if method == 'reward': values['learning_rate'] = rates[method],"TRL 1.16's default"
-    elif method != 'sft': values['learning_rate'] = (rates[method]*(1 if adapter == 'full' else 10),
+    elif method != 'sft': values['learning_rate'] = (rates[method] if adapter == 'full' else 1e-5,
         "TRL 1.16's default, for full tuning; ten times that for adapters, as n045 is to n047")
     if method in ('dpo', 'kto', 'orpo'): values['beta'] = (.1, 'n165')
     most = int(min(math.inf if per_device is None else per_device, ranges['per_device_train_batch_size'].high))

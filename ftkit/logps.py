@@ -17,6 +17,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
+from .answers import model_inputs
 from .core import FtkitError
 
 # %% ../nbs/30_logps.ipynb #667aeea3
@@ -223,5 +224,5 @@ def answer_logps(model,    # causal language model
                  **options # of `score`
                 ):         # `Scores` of every token of the answers, one answer after the other, shape (m,)
     "Log-probabilities of answers, wherever in the rows of a batch they stand"
-    hidden = hidden_states(model, head, **batch['inputs'])
+    hidden = hidden_states(model, head, **model_inputs(batch['inputs']))
     return head.score(hidden.flatten(0, 1)[batch['at']], batch['targets'], **options)

@@ -151,6 +151,16 @@ def _kind(reward, seed):
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification, dict(num_labels=1)
 
+# %% ../nbs/22_models.ipynb #ef223596
+@contextmanager
+def _unreported(weight='score.weight'):
+    "Without transformers' report that it has drawn this weight, which is no news"
+    log,other = logging.getLogger('transformers.modeling_utils'),lambda r: weight not in r.getMessage()
+    log.addFilter(other)
+    try: yield
+    finally: log.removeFilter(other)
+
+# %% ../nbs/22_models.ipynb #5dd008ba
 def _base(name, tok, precision, quantize=False, attention=None, remote_code=False, pickles=False, reward=False, seed=0):
     "The frozen model, its embeddings grown to the tokenizer; (model, ids of the new tokens)"
     import torch
@@ -163,7 +173,7 @@ def _base(name, tok, precision, quantize=False, attention=None, remote_code=Fals
                    attn_implementation=attention or _attention(precision))
     if quantize: options['quantization_config'] = _four_bits(config, precision)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _unreported():
             kind,more = _kind(reward, seed)
             model,info = kind.from_pretrained(source, output_loading_info=True, **options, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as e:
@@ -393,13 +403,13 @@ def _adapter_file(folder):
     except (SafetensorError, OSError) as e: raise FtkitError(f'{file}: damaged or cut short: {_first(e)}') from e
 
 # %% ../nbs/22_models.ipynb #248719e4
-def _with_adapter(model, folder):
+def _with_adapter(model, folder, trainable=False):
     "The model with a saved adapter"
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     _,saved = _adapter_file(folder)
     try:
-        with torch.random.fork_rng(): model = PeftModel.from_pretrained(model, folder)
+        with torch.random.fork_rng(): model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, IndexError) as e:
         lines = [l.strip() for l in str(e).split('\n')]
         raise FtkitError(f'{folder}: made for another model: {lines[len(lines) > 1 and "Error(s)" in lines[0]]}') from e
@@ -439,9 +449,10 @@ def _tokenizer_of(folder, record, base):
 # %% ../nbs/22_models.ipynb #4f53393c
 def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the folder of a run that holds it as `adapter`
                precision=None,  # of the base; as it was trained by default
-               base=None        # model of an adapter; the one it was trained on by default
+               base=None,       # model of an adapter; the one it was trained on by default
+               trainable=False  # to train on: the adapter, or all weights of a whole model
               ):                # (tokenizer, model)
-    "Load a tuned model and its tokenizer for use; raises `FtkitError` for an adapter of another model"
+    "Load a tuned model and its tokenizer; raises `FtkitError` for an adapter of another model"
     import torch
     folder,record = _run_folder(folder)
     tok = _tokenizer_of(folder, record, base)
@@ -449,10 +460,13 @@ def load_tuned(folder,          # what `save`, `merge` or PEFT wrote, or the fol
     precision = _one_of('precision', precision or record.get('precision', 'fp32'), *PRECISIONS)
     quantized,reward = record.get('adapter') == 'qlora',record.get('reward', False)
     whole = not (folder/'adapter_config.json').exists()
-    if whole: return tok, load_model(folder, tok, adapter=None, precision=precision, reward=reward)
+    if whole: return tok, load_model(folder, tok, 'full' if trainable else None, precision, reward=reward)
     model,_ = _base(base or _base_of(folder, record), tok, precision, quantized, reward=reward)
-    model = _with_adapter(model, folder).eval()
-    return tok, model.cuda() if torch.cuda.is_available() and not quantized else model
+    if quantized and trainable: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    model = _with_adapter(model, folder, trainable).eval()
+    if torch.cuda.is_available() and not quantized: model = model.cuda()
+    model.ftkit = record
+    return tok, model
 
 # %% ../nbs/22_models.ipynb #ac2b962e
 class _Change:
@@ -677,9 +691,9 @@ class Merged:
         return '\n'.join(said)
 
 # %% ../nbs/22_models.ipynb #5e3a678b
-def _with_peft(folder, name, tok, precision, tmp):
+def _with_peft(folder, name, tok, precision, reward, tmp):
     "Let PEFT merge, in memory"
-    model,_ = _base(name, tok, precision)
+    model,_ = _base(name, tok, precision, reward=reward)
     try:
         model = _with_adapter(model, folder).merge_and_unload(safe_merge=True)
         model.save_pretrained(tmp)
@@ -720,7 +734,7 @@ def merge(run,             # folder of a run, or of an adapter
     if route: _one_of('route', route, *ROUTES)
     precision = precision or ('fp16' if record.get('precision') == 'fp16' else 'bf16')
     dtype,name = _dtype(_one_of('precision', precision, *PRECISIONS)),base or _base_of(folder, record)
-    tok,changes = _tokenizer_of(folder, record, base),_changes(folder)
+    tok,changes,reward = _tokenizer_of(folder, record, base),_changes(folder),record.get('reward', False)
     _apart(Path(out), Path(run), *{folder, Path(_source(name))} - {Path(run)})
     shards = _Shards(name, tok, _dtype(record['precision']) if 'precision' in record else None, changes or {})
     routes = ['base'] + ['dequantized']*(record.get('adapter') == 'qlora') + ['half']
@@ -735,10 +749,10 @@ def merge(run,             # folder of a run, or of an adapter
     else: print('this kind of adapter is merged by PEFT, with the whole model in memory; the distance is not measured')
     if done.distance: print(done)
     with _whole(out) as tmp:
-        if done.route == 'peft': config = _with_peft(folder, name, tok, precision, tmp)
+        if done.route == 'peft': config = _with_peft(folder, name, tok, precision, reward, tmp)
         else: done.survival,config = _write_merged(shards, dtype, done.route, tmp),shards.config
         config.dtype = dtype
         config.save_pretrained(tmp)
-        _write_chat(tok, _generation(tok), tmp, model=str(name), adapter=None, precision=precision)
+        _write_chat(tok, _generation(tok), tmp, model=str(name), adapter=None, precision=precision, reward=reward)
     if not done.distance: print(done)
     return done

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import NamedTuple
-from .answers import AnswerCollator, answer_names, best_layout, cut_answers, encode_answers
+from .answers import AnswerCollator, answer_names, best_layout, cut_answers, encode_answers, model_inputs
 from .core import FtkitError
 from .dpo import dpo_loss, ld_logps, preference_metrics
 from .kto import kto_kl, kto_loss, mismatched
@@ -136,7 +136,7 @@ def rewards(model, # from `load_model(..., reward=True)`
             batch  # from `AnswerCollator`
            ):      # shape (n,)
     "The score of every answer"
-    ends = hidden_states(model, head, **batch['inputs']).flatten(0, 1)[batch['last']]
+    ends = hidden_states(model, head, **model_inputs(batch['inputs'])).flatten(0, 1)[batch['last']]
     return head.layer(ends).float().squeeze(-1)
 
 def _reward(model, head, batch, *, center_rewards_coefficient=None):

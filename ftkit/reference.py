@@ -24,13 +24,13 @@ from .logps import answer_logps, head as find_head
 REFERENCES = 'adapter', 'precomputed', 'copy'
 
 @contextmanager
-def _still(model):
-    "Without dropout and gradients"
-    import torch
-    training,_ = model.training,model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally: model.train(training)
+def _set(modules, name, value):
+    "A flag of some modules, for a while; `setattr` of a module looks at its weights first and takes long"
+    was = [getattr(m, name) for m in modules]
+    for m in modules: m.__dict__[name] = value
+    try: yield
+    finally:
+        for m,v in zip(modules, was): m.__dict__[name] = v
 
 def changes_nothing(model # maybe with an adapter of PEFT
                    ):     # True if the model does the same without its adapter
@@ -38,7 +38,7 @@ def changes_nothing(model # maybe with an adapter of PEFT
     import torch
     if not hasattr(model, 'peft_config'): return False
     ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    with _still(model):
+    with _set([*model.modules()], 'training', False), torch.no_grad():
         last = lambda: model(input_ids=ids, output_hidden_states=True).hidden_states[-1].float()
         ours = last()
         with model.disable_adapter(): base = last()
@@ -63,12 +63,19 @@ class Reference:
         self.how = how or ('adapter' if changes_nothing(model) else 'precomputed')
         self.model = model
         if self.how == 'copy': self.model = deepcopy(model).requires_grad_(False).eval()
-        self.head = find_head(self.model)
+        self.head,self.modules = find_head(self.model),[*self.model.modules()]
+        self.adapted = [m for m in self.modules if hasattr(m, '_disable_adapters')]
+
+    def off(self):
+        "Without the adapter; PEFT's own way looks at every weight first"
+        if self.how != 'adapter': return nullcontext()
+        return _set(self.adapted, '_disable_adapters', True) if self.adapted else self.model.disable_adapter()
 
     def logps(self, part):
         "Log-probabilities of all tokens of its answers, shape (m,)"
-        off = self.model.disable_adapter() if self.how == 'adapter' else nullcontext()
-        with _still(self.model), off: return answer_logps(self.model, self.head, part).logps
+        import torch
+        still = _set(self.modules, 'training', False)
+        with still, torch.no_grad(), self.off(): return answer_logps(self.model, self.head, part).logps
 
     def fill(self, batch # from `AnswerCollator`; it is changed
             ):

@@ -1,7 +1,9 @@
 """What a model is trained on, how its loss falls, and what it answers, to look at
 
 Pure functions from data to HTML or a matplotlib figure: `show_tokens` colours the tokens that are trained,
-`template_diff` sets two templates side by side, `length_histogram` counts, `loss_curve` draws a run, `before_after` sets two scores side by side, `transcript` prints a chat.
+`template_diff` sets two templates side by side, `length_histogram` counts, `loss_curve` and `preference_curves`
+draw a run, `calibration_plot` a reward model, `before_after` sets two scores side by side, `sample_table` the answers
+of several steps, `transcript` prints a chat.
 
 Docs: https://ftkit.github.io/ftkit/show.html.md"""
 
@@ -9,7 +11,7 @@ Docs: https://ftkit.github.io/ftkit/show.html.md"""
 
 # %% auto #0
 __all__ = ['View', 'show_tokens', 'template_diff', 'length_histogram', 'lora_picture', 'nf4_picture', 'loss_curve',
-           'before_after', 'answers', 'transcript']
+           'preference_curves', 'calibration_plot', 'table', 'before_after', 'answers', 'sample_table', 'transcript']
 
 # %% ../nbs/70_show.ipynb #2292d783
 from difflib import SequenceMatcher
@@ -125,15 +127,19 @@ def template_diff(tok,      # tokenizer whose own template is one of the two
                 '\n'.join([*text, note]))
 
 # %% ../nbs/70_show.ipynb #064f0232
+def _figure(n=None, size=(4.2, 2.2)):
+    "Axes of a new figure, or n of them side by side"
+    import matplotlib.pyplot as plt
+    fig,axes = plt.subplots(1, n or 1, figsize=size, dpi=80, layout='constrained')
+    plt.close(fig) # shown as the value of a cell, not a second time at its end
+    return axes
+
 def length_histogram(lengths,         # from `profile_lengths`
                      max_length=None, # a limit to draw
                      ax=None          # matplotlib axes to draw on
                     ):                # matplotlib figure
     "Number of rows by their tokens"
-    import matplotlib.pyplot as plt
-    if not ax:
-        ax = plt.subplots(figsize=(5, 2.4), dpi=80, layout='constrained')[1]
-        plt.close(ax.figure)
+    ax = ax or _figure()
     ax.hist(lengths.tokens, bins=40, color='#9ca3af', label='all tokens')
     ax.hist(lengths.trained, bins=40, color='#2d6a4f', alpha=.7, label='trained')
     if max_length:
@@ -181,15 +187,13 @@ def nf4_picture(weight,      # matrix
                 double=False # scales in eight bits too
                ):            # matplotlib figure
     "Scaled weights with the levels they are rounded to, and the errors"
-    import matplotlib.pyplot as plt
     from ftkit.nf4 import levels, quantization_error, quantize
     weight = weight.detach()
     error,share = quantization_error(weight, kind, block, double)
     q = quantize(weight, kind, block, double)
     n = weight.numel()//block*block
     scaled = weight.float().flatten()[:n].view(-1, block)/q.scales[:n//block,None].clamp(min=1e-30)
-    fig,axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=80, layout='constrained')
-    plt.close(fig)
+    axes = _figure(2, (7, 2.2))
     axes[0].hist(scaled.flatten().numpy(), 120, range=(-1, 1), color='#9ca3af')
     for x in levels(kind).tolist(): axes[0].axvline(x, color='#2d6a4f', lw=.8)
     axes[0].set(xlabel='weight / largest of its block', title=f'{kind.upper()}, blocks of {block}: {q.bits:.3f} bits')
@@ -197,7 +201,7 @@ def nf4_picture(weight,      # matrix
     axes[1].set(xlabel='error', title=f'{share:.2%} of the signal is lost')
     for ax in axes: ax.locator_params('x', nbins=5), ax.set(yticks=[])
     for ax in axes: ax.spines[['top', 'right', 'left']].set_visible(False)
-    return fig
+    return axes[0].figure
 
 # %% ../nbs/70_show.ipynb #f9fa47d7
 def _running_mean(values, half_life):
@@ -213,10 +217,7 @@ def loss_curve(log,       # of a `Run`, or from `read_log`
                ax=None       # matplotlib axes to draw on
               ):             # matplotlib figure
     "Training and held-out loss by step"
-    import matplotlib.pyplot as plt
-    if not ax:
-        ax = plt.subplots(figsize=(5, 2.4), dpi=80, layout='constrained')[1]
-        plt.close(ax.figure) # shown as the value of a cell, not a second time at its end
+    ax = ax or _figure()
     if not any('loss' in e for e in log): raise FtkitError('no loss in this log: has the run made a step?')
     steps,losses = zip(*[(e['step'], e['loss']) for e in log if 'loss' in e])
     ax.plot(steps, losses, color='#9ca3af', lw=.8, label='each step')
@@ -228,9 +229,58 @@ def loss_curve(log,       # of a `Run`, or from `read_log`
     ax.legend(frameon=False)
     return ax.figure
 
+# %% ../nbs/70_show.ipynb #128fb4f1
+_PANELS = {'reward': ('rewards/chosen', 'rewards/rejected'), 'pairs in order': ('rewards/accuracies', 'accuracy'),
+           'log-probability per token': ('logps/chosen_per_token', 'logps/rejected_per_token'),
+           'reward margin': ('margin',)}
+
+def _line(ax, log, name, half_life):
+    "A running mean while training, dots for held-out rows"
+    color = '#b91c1c' if 'rejected' in name else '#2d6a4f'
+    seen = lambda key: [(e['step'], e[key]) for e in log if key in e]
+    train,held = [(s, v) for s,v in seen(name)],seen(f'eval_{name}')
+    if train:
+        steps,values = zip(*train)
+        ax.plot(steps, _running_mean(values, half_life), color=color, lw=2, label=name.split('/')[-1])
+    if held: ax.plot(*zip(*held), 'o', color=color, mfc='white')
+    return bool(train or held)
+
+def preference_curves(log,        # of a `Run` on pairs or labelled answers, or from `read_log`
+                      half_life=4 # of the running mean, in log entries
+                     ):           # matplotlib figure
+    "Rewards, order and likelihood by step; lines while training, circles on held-out rows"
+    panels = {t: names for t,names in _PANELS.items() if any(n in e or f'eval_{n}' in e for e in log for n in names)}
+    if not panels: raise FtkitError('no rewards in this log: is it of an objective on answers?')
+    axes = _figure(len(panels), (2.3*len(panels), 1.9))
+    for ax,(title,names) in zip([axes] if len(panels) == 1 else axes, panels.items()):
+        for name in names: _line(ax, log, name, half_life)
+        if title == 'pairs in order': ax.set(ylim=(0, 1.05)), ax.axhline(.5, color='#9ca3af', lw=.8, ls='--')
+        ax.set(xlabel='step')
+        ax.set_title(title, fontsize=10)
+        ax.spines[['top', 'right']].set_visible(False)
+    if len(names) > 1: ax.figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncol=2, frameon=False)
+    return ax.figure
+
+# %% ../nbs/70_show.ipynb #7ddcc0da
+def calibration_plot(found, # from `ftkit.reward.calibration`
+                     ax=None # matplotlib axes to draw on
+                    ):      # matplotlib figure
+    "How sure a reward model is, and how often it is right"
+    ax = ax or _figure(size=(2.8, 2.3))
+    ax.plot([.5, 1], [.5, 1], color='#9ca3af', lw=1)
+    ax.plot(found.confidence, found.accuracy, 'o-', color='#2d6a4f', label=f'error {found.error:.3f}')
+    ax.set(xlabel='chance it gives its own choice', ylabel='share right', xlim=(.48, 1.02), ylim=(0, 1.04))
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, loc='lower right')
+    return ax.figure
+
 # %% ../nbs/70_show.ipynb #1245afb5
-def _table(head, rows, note='', text_columns=1):
-    "A `View` of a table; text is aligned to the left, numbers to the right"
+def table(head,          # names of the columns
+          rows,          # tuples as long
+          note='',       # a line below
+          text_columns=1 # how many columns, from the left, hold text
+         ):              # `View`
+    "A table; text is aligned to the left, numbers to the right"
     def cell(tag, i, c):
         align = 'left' if i < text_columns else 'right'
         return f'<{tag} style="text-align:{align};padding:2px 10px">{escape(str(c))}</{tag}>'
@@ -249,20 +299,32 @@ def before_after(before, # `Score` of the base model
     a,b = before.by_group(),after.by_group()
     rows = [(group, f'{a[group]:.0%}', f'{b[group]:.0%}') for group in a]
     rows.append(('all', f'{before.accuracy:.1%}', f'{after.accuracy:.1%}'))
-    return _table(('right answers', 'before', 'after'), rows,
+    return table(('right answers', 'before', 'after'), rows,
                   'exact match on {} held-out questions; 95% interval after: {:.1%} to {:.1%}'.format(
                       len(after.correct), *after.interval))
 
 # %% ../nbs/70_show.ipynb #9276cc10
+def _short(s, n=40): return _visible(str(s)[:n]).replace('·', ' ') + '…'*(len(str(s)) > n)
+
 def answers(before, # `Score`
             after,  # `Score` on the same rows
             n=8     # how many rows
            ):       # `View`
     "The first `n` questions with both answers"
-    cut = lambda s: _visible(s[:40]).replace('·', ' ') + '…'*(len(s) > 40)
-    rows = [(r['messages'][-2]['content'].split('\n')[-1], cut(a), cut(b), '✓' if ok else '✗')
+    rows = [(r['messages'][-2]['content'].split('\n')[-1], _short(a), _short(b), '✓' if ok else '✗')
             for r,a,b,ok in zip(before.rows[:n], before.answers, after.answers, after.correct)]
-    return _table(('question', 'before', 'after', ''), rows, text_columns=4)
+    return table(('question', 'before', 'after', ''), rows, text_columns=4)
+
+# %% ../nbs/70_show.ipynb #ee3103f3
+def sample_table(found # from `read_samples`
+                ):     # `View`
+    "One question a column, one step a row"
+    if not found: raise FtkitError('no samples: train(callbacks=[samples(tok, questions)]) writes them')
+    text = lambda p: p if isinstance(p, str) else p[-1]['content']
+    prompts,by_step = list(dict.fromkeys(text(s['prompt']) for s in found)),{}
+    for s in found: by_step.setdefault(s['step'], {})[text(s['prompt'])] = _short(s['answer'])
+    return table(('step', *map(_short, prompts)), [(n, *map(row.get, prompts)) for n,row in by_step.items()],
+                 text_columns=len(prompts)+1)
 
 # %% ../nbs/70_show.ipynb #6f1b339e
 _bubble = 'margin:4px;padding:6px 10px;border-radius:10px;max-width:80%;white-space:pre-wrap;color:#111;background:{}'

@@ -32,7 +32,7 @@ class _Sums:
     def add(self, mode, metrics):
         import torch
         for name,two in metrics.items():
-            two = torch.stack([torch.as_tensor(x).detach().float() for x in two])
+            two = torch.stack([torch.as_tensor(x, device=self.args.device).detach().float() for x in two])
             self.sums[mode][name] = self.sums[mode].get(name, 0) + two
 
     def means(self, mode):
@@ -78,7 +78,7 @@ def _finite(losses, batch, args, step):
 def _tokens(inputs):
     "Tokens that go through the model"
     inputs = inputs.get('inputs', inputs)
-    mask = inputs.get('attention_mask')
+    mask = inputs['tree'] >= 0 if 'tree' in inputs else inputs.get('attention_mask')
     return mask.sum() if mask is not None and mask.dim() == 2 else inputs['input_ids'].numel()
 
 def _trainer(objective, loss, reference, *args, **kwargs):
@@ -89,6 +89,7 @@ def _trainer(objective, loss, reference, *args, **kwargs):
         def __init__(self, *args, **kwargs):
             self.head,self.reference,self.tokens,self.sums = None,reference,0,dict(train={}, eval={})
             super().__init__(*args, **kwargs)
+            if reference and reference.how == 'copy': reference.model.to(self.args.device)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             with self.accelerator.autocast():
@@ -182,7 +183,7 @@ def _callbacks(path):
     return [Log, Bar, Guard]
 
 # %% ../nbs/40_train.ipynb #0e6616ef
-_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|(log\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
+_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|((log|samples)\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
 
 def run_files(path # folder of a run
              ):    # list of paths

@@ -1,5 +1,6 @@
 "Merged models: equal to the adapter within the precision, in bounded memory, and they stop"
 import hashlib, json, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 import pytest, torch
 from ftkit.chat import set_template
@@ -332,3 +333,22 @@ def test_what_it_costs_is_said_before_anything_is_written(tmp_path, monkeypatch,
     monkeypatch.undo()
     done = merge(tmp_path/'tuned', tmp_path/'merged', route='dequantized') # also where nobody would
     assert done.route == 'dequantized' and done.survival
+
+def test_a_reward_model_is_saved_loaded_and_merged(tmp_path, caplog, monkeypatch):
+    "With the score that was trained, and without a report that it is missing"
+    from ftkit.evaluate import pair_scores
+    from ftkit.tasks import pairs
+    tok = load_tokenizer('embedded')
+    model,data = load_model('embedded', tok, reward=True),pairs(16)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p)*.02*p.requires_grad)
+    save(model, tok, tmp_path/'run')
+    done = merge(tmp_path/'run', tmp_path/'merged', 'fp32')
+    assert done.route == 'peft'
+    a,b,c = (torch.cat(pair_scores(m, tok, data)) for m in (model, *(load_tuned(tmp_path/f)[1] for f in ('run', 'merged'))))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-4)
+    assert a.std() > .01 and 'score.weight' not in caplog.text
+    monkeypatch.setattr('ftkit.models._unreported', nullcontext)
+    load_model('embedded', tok, reward=True)
+    assert 'score.weight' in caplog.text

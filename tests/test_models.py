@@ -10,13 +10,13 @@ def digest(model):
     "Hash of every weight that is not trained"
     h = hashlib.sha256()
     for _,p in sorted(model.named_parameters(), key=lambda np: np[0]):
-        if not p.requires_grad: h.update(p.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        if not p.requires_grad: h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def logits(model, tok):
-    ids = tok('The capital of France is', return_tensors='pt').input_ids
+    ids = tok('The capital of France is', return_tensors='pt').input_ids.to(model.device)
     model.eval()
-    with torch.no_grad(): return model(input_ids=ids).logits
+    with torch.no_grad(): return model(input_ids=ids).logits.cpu()
 
 @pytest.mark.parametrize('adapter', ['lora', 'qlora', 'full'])
 def test_tuned_saved_and_loaded(tmp_path, monkeypatch, adapter):

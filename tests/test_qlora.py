@@ -1,5 +1,5 @@
 "QLoRA on a CPU: the first tutorial's task with the frozen weights in four bits, and both ways to merge the result"
-from ftkit.core import profile
+from ftkit.core import Device, profile
 from ftkit.evaluate import exact_match
 from ftkit.models import load_model, load_tokenizer, load_tuned, merge
 from ftkit.tasks import check, rows
@@ -9,7 +9,7 @@ def accuracy(model, tok): return exact_match(model, tok, rows(160, 'test'), chec
 
 def test_qlora_gains_what_lora_gains_and_merges_best_into_what_it_saw(tmp_path, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')
-    p,tok,gain = profile(),load_tokenizer('embedded'),{}
+    p,tok,gain = profile(Device()),load_tokenizer('embedded'),{}
     data = rows(p.max_steps*p.per_device_train_batch_size)
     for adapter in ('lora', 'qlora'):
         model = load_model('embedded', tok, adapter, 'fp32')
