@@ -258,7 +258,8 @@ def preference_curves(log,        # of a `Run` on pairs or labelled answers, or 
         ax.set(xlabel='step')
         ax.set_title(title, fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
-    if len(names) > 1: ax.figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncol=2, frameon=False)
+    lines,said = ax.get_legend_handles_labels()
+    if len(said) > 1: ax.figure.legend(lines, said, loc='outside lower center', ncol=2, frameon=False)
     return ax.figure
 
 # %% ../nbs/70_show.ipynb #7ddcc0da

@@ -345,7 +345,8 @@ def test_a_reward_model_is_saved_loaded_and_merged(tmp_path, caplog, monkeypatch
     save(model, tok, tmp_path/'run')
     done = merge(tmp_path/'run', tmp_path/'merged', 'fp32')
     assert done.route == 'peft'
-    a,b,c = (torch.cat(pair_scores(m, tok, data)) for m in (model, *(load_tuned(tmp_path/f)[1] for f in ('run', 'merged'))))
+    models = model, *(load_tuned(tmp_path/f)[1] for f in ('run', 'merged'))
+    a,b,c = (torch.cat(pair_scores(m, tok, data)) for m in models)
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-4)
     assert a.std() > .01 and 'score.weight' not in caplog.text
