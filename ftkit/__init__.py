@@ -2,7 +2,7 @@
 
 Modules:
 
-- `ftkit.answers`: Pairs, labelled answers and groups: encoded, cut, and laid so that the prompt is computed once
+- `ftkit.answers`: Pairs and labelled answers: encoded, cut, and laid so that the prompt is computed once
 - `ftkit.audit`: Ways to ruin a data set without an error message, each found by name
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it, `ftkit merge` makes one model of it
@@ -11,6 +11,7 @@ Modules:
 - `ftkit.evaluate`: How many held-out questions are answered right, and which of two answers a model prefers
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
+- `ftkit.grpo`: Several answers to one question are each other's yardstick: advantages, ratios and losses of GRPO and its kin
 - `ftkit.hparams`: Where to start, what is out of range, and who says so
 - `ftkit.kto`: Learn from answers that were liked or not, one by one, without pairs
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs

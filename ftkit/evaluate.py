@@ -13,8 +13,9 @@ __all__ = ['same_text', 'Score', 'exact_match', 'pair_scores']
 # %% ../nbs/61_evaluate.ipynb #4aa60ca8
 from collections import defaultdict
 from dataclasses import dataclass
+from .answers import answer_names, encode_answers
 from .core import FtkitError, progress
-from .generate import generate
+from .generate import evaluating, generate
 from .logps import answer_logps, by_answer, head as find_head, sequence_logps
 from .objectives import OBJECTIVES, reward_head, rewards
 
@@ -66,6 +67,8 @@ def exact_match(model,           # causal language model
                ):                # `Score`
     "Ask every question and count the right answers"
     rows = list(rows)
+    if not rows: raise FtkitError('no questions: the list of rows is empty')
+    if 'messages' not in rows[0]: raise FtkitError('the rows have no messages: to_messages makes them')
     answers = generate(model, tok, [row['messages'][:-1] for row in rows], **options)
     correct = [check(row, answer) for row,answer in zip(rows, answers)]
     return Score(rows, answers, correct, [row.get(group, 'all') for row in rows])
@@ -89,13 +92,12 @@ def pair_scores(model,         # a reward model, or a causal language model
                ):              # scores of (preferred answers, others), tensors of shape (n,)
     "Score both answers of every pair: with the reward, or the log-probability of all its tokens"
     import torch
-    (objective,score),was_training = _scorer(model),model.training
-    ds = objective.prepare(tok, pairs)
-    collate,found = objective.collate(tok, model),[]
-    model.eval()
-    for k in progress(range(0, len(ds), batch_size), 'scoring'):
-        batch = _to(collate([ds[i] for i in range(k, min(k+batch_size, len(ds)))]), model.device)
-        with torch.no_grad(): found.append(score(batch).float().cpu())
-    model.train(was_training)
+    (objective,score),ds,found = _scorer(model),encode_answers(tok, pairs),[]
+    if answer_names(ds.column_names) != ('chosen', 'rejected'): raise FtkitError('these rows are no pairs')
+    collate = objective.collate(tok, model)
+    with evaluating(model):
+        for k in progress(range(0, len(ds), batch_size), 'scoring'):
+            batch = _to(collate([ds[i] for i in range(k, min(k+batch_size, len(ds)))]), model.device)
+            found.append(score(batch).float().cpu())
     both = torch.cat(found)
     return both[::2], both[1::2]

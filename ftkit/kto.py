@@ -36,11 +36,15 @@ def kto_loss(logps,                 # log-probability of each answer, shape (n,)
     return weight*(1 - torch.where(label, gain, -gain).sigmoid())
 
 # %% ../nbs/34_kto.ipynb #91697129
-def mismatched(n # rows
-              ):  # for each prompt, whose answer it gets
-    "Every prompt with an answer from half the rows away, as neighbours often share a prompt"
+def mismatched(prompts # of all rows, anything that can be compared
+              ):       # (for each prompt whose answer it gets, how many get one to the same prompt)
+    "Every prompt with the answer of a row so far away that as few as can be share a prompt"
+    n,first = len(prompts),{}
     if n < 2: raise FtkitError('KTO compares a prompt with the answer to another one: there must be at least 2 rows')
-    return [(i-n//2) % n for i in range(n)]
+    ids = [first.setdefault(p, i) for i,p in enumerate(prompts)]
+    def same(shift): return sum(a == b for a,b in zip(ids, ids[-shift:] + ids[:-shift]))
+    shift = min(dict.fromkeys([n//2, *range(1, min(n, 64)), *(n*k//17 or 1 for k in range(1, 17))]), key=same)
+    return [(i-shift) % n for i in range(n)], same(shift)
 
 def kto_kl(logps,    # log-probability of mismatched answers, shape (n,)
            ref_logps # the same under the reference, shape (n,)

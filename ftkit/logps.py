@@ -157,11 +157,12 @@ def sequence_logps(per_token_logps, # shape (n, length), or (m,) with `sequences
     return per_token_logps.new_zeros(n).index_add(0, sequences, per_token_logps)
 
 def by_answer(values, # of tokens, answer after answer, shape (m,)
-              lengths # of the answers, shape (n,)
+              lengths, # of the answers, shape (n,)
+              longest=None # the largest of them; it is read from `lengths` by default, which on a GPU means to wait
              ):       # (values of shape (n, longest), 0 where there is no token, and the mask of tokens)
     "One row for each answer"
     import torch
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    mask = torch.arange(longest or int(lengths.max()), device=lengths.device) < lengths[:, None]
     return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
 # %% ../nbs/30_logps.ipynb #337e1cd9
@@ -205,6 +206,8 @@ def head(model,     # causal language model
     config = model.config.get_text_config()
     found = Head(model.get_output_embeddings(), float(_multiplier(config)),
                  getattr(config, 'final_logit_softcapping', None))
+    if found.layer is None and not model.can_generate(): raise FtkitError(
+        f'{type(model).__name__} has no vocabulary: load a language model, without reward=True')
     if found.layer is None: return Head(None)
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None] % config.vocab_size
     training,_ = model.training,model.eval()

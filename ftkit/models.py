@@ -259,12 +259,11 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
     "Load a model ready for training, and say in one line what it is; trained weights are always in 32 bits"
     import torch
     precision,tuned = precision or _precision(),adapter in ('lora', 'qlora')
-    _one_of('adapter', adapter, 'lora', 'qlora', 'full', None)
-    _one_of('precision', precision, *PRECISIONS)
-    _one_of('engine', engine, 'hf', 'unsloth')
+    for what,value,known in (('adapter', adapter, ('lora', 'qlora', 'full', None)),
+        ('precision', precision, PRECISIONS), ('engine', engine, ('hf', 'unsloth'))): _one_of(what, value, *known)
     if r < 1: raise FtkitError(f'r={r}: the rank of an adapter must be at least 1')
-    if engine == 'unsloth' and reward: raise FtkitError("engine 'unsloth' has no reward models: take 'hf'")
-    if engine == 'unsloth' and not tuned: raise FtkitError("engine 'unsloth' is for lora and qlora: take 'hf'")
+    if engine == 'unsloth' and (reward or not tuned): raise FtkitError(
+        f"engine 'unsloth' {'has no reward models' if reward else 'is for lora and qlora'}: take 'hf'")
     if engine == 'unsloth': model,new = _unsloth_base(name, tok, precision, adapter == 'qlora')
     else: model,new = _base(name, tok, 'fp32' if adapter == 'full' else precision, adapter == 'qlora', attention,
                             remote_code, pickles, reward, seed)
@@ -276,7 +275,6 @@ def load_model(name,             # a Hub id, a folder, or 'embedded'
         r=r, lora_alpha=2*r if alpha is None else alpha, lora_dropout=dropout, target_modules=target_modules) | peft)
     if adapter is None: model.requires_grad_(False)
     if torch.cuda.is_available() and not quantized: model = model.cuda()
-    # what `save` must remember
     model.ftkit = dict(model=str(name), adapter=adapter, precision='fp32' if adapter == 'full' else precision,
                        **(dict(reward=True) if reward else {}))
     print(describe(model))

@@ -17,7 +17,9 @@ from functools import partial
 from inspect import signature
 from typing import NamedTuple
 from .answers import AnswerCollator, answer_names, best_layout, cut_answers, encode_answers, model_inputs
+from .answers import list_arrays, list_lengths
 from .core import FtkitError
+from .formats import as_dataset, tables_dataset
 from .dpo import dpo_loss, ld_logps, preference_metrics
 from .kto import kto_kl, kto_loss, mismatched
 from .lengths import cut_dataset, truncate
@@ -25,7 +27,7 @@ from .logps import Head, answer_logps, by_answer, head as find_head, hidden_stat
 from .mask import encode_dataset
 from .orpo import cpo_loss, log_odds_ratio, orpo_loss, simpo_loss
 from .pack import Collator, pack_dataset, packable
-from .reward import reward_loss, reward_metrics
+from .reward import reward_loss
 from .sft import sft_loss
 
 # %% ../nbs/39_objectives.ipynb #f5161f52
@@ -49,6 +51,18 @@ class Objective:
         return {p.name: p.default for p in signature(self.loss).parameters.values() if p.kind == p.KEYWORD_ONLY}
 
 # %% ../nbs/39_objectives.ipynb #51b537c4
+def _rows(ds):
+    "Rows as a data set; raises `FtkitError` for what holds none"
+    from datasets import Dataset, IterableDataset
+    if isinstance(ds, IterableDataset): return ds
+    if isinstance(ds, dict): raise FtkitError(
+        f"the data have parts, {', '.join(map(str, ds))}: give one of them, such as data['{next(iter(ds), 'train')}']")
+    rows = ds if isinstance(ds, Dataset) else list(ds)
+    if not len(rows): raise FtkitError('no rows to train on: the data set is empty')
+    if not isinstance(rows[0], dict): raise FtkitError(f'row 1 is a {type(rows[0]).__name__}: rows are dicts')
+    if isinstance(ds, Dataset): return ds
+    return Dataset.from_list(rows) if {'input_ids', 'prompt_ids'} & {*rows[0]} else as_dataset(rows)
+
 def _stream(tok, ds, max_length, too_long, packing):
     "Rows that come while they are used: each is cut for itself"
     if packing or too_long not in ('drop', 'right', 'left'): raise FtkitError(
@@ -59,20 +73,23 @@ def _stream(tok, ds, max_length, too_long, packing):
 
 def _cut_stream(ds, max_length, too_long):
     lost = n = 0
-    for n,row in enumerate(ds, 1):
-        fits = len(row['input_ids']) <= max_length
-        if not fits and too_long != 'drop': row,fits = truncate(row, max_length, too_long),True
-        if fits and any(l != -100 for l in row['labels']): yield row
-        else: lost += 1
-    if lost: print(f'{lost} of {n} rows of the stream were too long, or had nothing to train')
+    try:
+        for n,row in enumerate(ds, 1):
+            fits = len(row['input_ids']) <= max_length
+            if not fits and too_long != 'drop': row,fits = truncate(row, max_length, too_long),True
+            if fits and any(l != -100 for l in row['labels']): yield row
+            else: lost += 1
+    finally:
+        if lost: print(f'{lost} of {n} rows of the stream were too long, or had nothing to train')
 
 # %% ../nbs/39_objectives.ipynb #0b2b8c8a
 def _sft_rows(tok, ds, max_length=None, too_long='drop', packing=False, encode=encode_dataset):
     "Rows as numbers, which they may be already, cut and packed"
+    ds = _rows(ds)
     if not hasattr(ds, '__len__'): return _stream(tok, ds, max_length, too_long, packing)
-    if not len(ds): raise FtkitError('no rows to train on: the data set is empty')
     if packing and not max_length: raise FtkitError('packing needs max_length, the tokens of a row')
     if 'input_ids' not in ds[0]: ds = encode(tok, ds)
+    if 'labels' not in ds[0]: raise FtkitError('the rows have input_ids and no labels: what is to be trained?')
     packed_before = not max_length and 'position_ids' in ds[0]
     if packing != 'wrapped' and not packed_before: # wrapping cuts nothing off
         ds,cut = cut_dataset(ds, max_length or sys.maxsize, too_long)
@@ -106,11 +123,13 @@ OBJECTIVES = dict(sft=Objective(_sft_rows, _sft_batch, _sft))
 # %% ../nbs/39_objectives.ipynb #2a1bc22c
 def _answers(tok, ds, max_length=None, too_long='drop', packing=None, need=('chosen', 'rejected')):
     "Answers as numbers, which they may be already, cut"
-    if hasattr(ds, '__len__') and not len(ds): raise FtkitError('no rows to train on: the data set is empty')
+    ds = _rows(ds)
     if packing == 'wrapped': raise FtkitError("packing='wrapped' is for raw text: answers stay whole")
     if not hasattr(ds, '__len__'): raise FtkitError('answers cannot be streamed: load them without streaming')
     if answer_names(ds[0]) != need: raise FtkitError(
         f"this objective learns from {' and '.join(need)}, and the rows have {' and '.join(answer_names(ds[0]))}")
+    for c in {'label', 'margin'} & {*ds.column_names}:
+        if None in ds[c]: raise FtkitError(f'row {ds[c].index(None)+1} has no {c}, and others have')
     if 'prompt_ids' not in ds[0]: ds = encode_answers(tok, ds)
     ds,cut = cut_answers(ds, max_length or sys.maxsize, too_long)
     if cut.kept < cut.rows or cut.long: print(cut)
@@ -140,9 +159,11 @@ def rewards(model, # from `load_model(..., reward=True)`
     return head.layer(ends).float().squeeze(-1)
 
 def _reward(model, head, batch, *, center_rewards_coefficient=None):
+    import torch
     chosen,rejected = rewards(model, head, batch).view(-1, 2).T
     loss = reward_loss(chosen, rejected, batch.get('margin'), center_rewards_coefficient or 0.)
-    return Outcome(loss, len(loss), {k: (v, 1) for k,v in reward_metrics(chosen, rejected).items()})
+    won,both,n = (chosen-rejected).detach(),torch.cat([chosen, rejected]).detach(),len(loss)
+    return Outcome(loss, n, dict(accuracy=((won > 0).sum(), n), margin=(won.sum(), n), mean_reward=(both.sum(), 2*n)))
 
 # %% ../nbs/39_objectives.ipynb #b4faa767
 OBJECTIVES['reward'] = Objective(_answers, _answer_batch, _reward, head=reward_head)
@@ -150,25 +171,24 @@ OBJECTIVES['reward'] = Objective(_answers, _answer_batch, _reward, head=reward_h
 # %% ../nbs/39_objectives.ipynb #21e8eb13
 def _pairs(x): return x[::2], x[1::2]
 
-def _sums(logps, lengths, ld_alpha=None):
-    "Log-probabilities of (preferred answers, others)"
-    rows,mask = by_answer(logps, lengths)
-    if ld_alpha is None: return _pairs(sequence_logps(rows))
-    return _pairs(ld_logps(rows, mask, lengths.view(-1, 2).flip(1).flatten(), ld_alpha))
+def _sums(logps, batch, ld_alpha=None):
+    "Log-probabilities of all answers"
+    rows,mask = by_answer(logps, batch['lengths'], batch['longest'])
+    if ld_alpha is None: return sequence_logps(rows)
+    return ld_logps(rows, mask, batch['lengths'].view(-1, 2).flip(1).flatten(), ld_alpha)
 
-def _means(metrics, top1, lengths):
+def _means(metrics, top1, batch):
     "Metrics of each pair as sums, and the accuracy on tokens of preferred answers"
-    right,mask = (x[::2] for x in by_answer(top1, lengths))
+    right,mask = (x[::2] for x in by_answer(top1, batch['lengths'], batch['longest']))
     return {k: (v.sum(), len(v)) for k,v in metrics.items()} | dict(mean_token_accuracy=(right.sum(), mask.sum()))
 
 # %% ../nbs/39_objectives.ipynb #b3ff5033
 def _dpo(model, head, batch, *, beta=.1, loss_type='sigmoid', loss_weights=None, label_smoothing=0.,
          f_divergence_type='reverse_kl', discopop_tau=.05, ld_alpha=None):
-    found,lengths = answer_logps(model, head, batch),batch['lengths']
-    four = *_sums(found.logps, lengths, ld_alpha), *_sums(batch['ref_logps'], lengths, ld_alpha)
-    sizes = _pairs(lengths)
+    found,sizes = answer_logps(model, head, batch),_pairs(batch['lengths'])
+    four = [side for x in (found.logps, batch['ref_logps']) for side in _pairs(_sums(x, batch, ld_alpha))]
     loss = dpo_loss(*four, beta, loss_type, loss_weights, label_smoothing, sizes, f_divergence_type, discopop_tau)
-    return Outcome(loss, len(loss), _means(preference_metrics(*four, beta, sizes), found.top1, lengths))
+    return Outcome(loss, len(loss), _means(preference_metrics(*four, beta, sizes), found.top1, batch))
 
 # %% ../nbs/39_objectives.ipynb #55b063f5
 OBJECTIVES['dpo'] = Objective(_answers, _answer_batch, _dpo, reference=True)
@@ -181,24 +201,25 @@ def _nll(logps, lengths, sft_average):
 
 def _orpo(model, head, batch, *, beta=.1, sft_average='example'):
     found,lengths = answer_logps(model, head, batch),_pairs(batch['lengths'])
-    sums = _sums(found.logps, batch['lengths'])
+    sums = _pairs(_sums(found.logps, batch))
     chosen,rejected = (s/n for s,n in zip(sums, lengths))
     nll,odds = _nll(sums[0], lengths[0], sft_average),log_odds_ratio(chosen, rejected).detach()
     metrics = preference_metrics(chosen, rejected, 0, 0, beta) | dict(
         nll_loss=nll.detach(), log_odds_chosen=odds, log_odds_ratio=odds.sigmoid().log())
-    return Outcome(orpo_loss(chosen, rejected, beta, nll), len(nll), _means(metrics, found.top1, batch['lengths']))
+    return Outcome(orpo_loss(chosen, rejected, beta, nll), len(nll), _means(metrics, found.top1, batch))
 
 # %% ../nbs/39_objectives.ipynb #caa6adae
 def _cpo(model, head, batch, *, beta=.1, loss_type='sigmoid', label_smoothing=0., cpo_alpha=1., alpha=0.,
          simpo_gamma=0., sft_average='example'):
     found,lengths = answer_logps(model, head, batch),_pairs(batch['lengths'])
-    sums = _sums(found.logps, batch['lengths'])
+    sums = _pairs(_sums(found.logps, batch))
+    if simpo_gamma and loss_type != 'simpo': raise FtkitError(f'simpo_gamma changes nothing in {loss_type}')
     two = [s/n for s,n in zip(sums, lengths)] if loss_type in ('ipo', 'simpo') else sums
     loss = simpo_loss(*two, beta, simpo_gamma, label_smoothing=label_smoothing, alpha=alpha) if loss_type == 'simpo' \
         else cpo_loss(*two, beta, loss_type, label_smoothing, alpha=alpha)
     nll = _nll(sums[0], lengths[0], sft_average)
     metrics = preference_metrics(*two, 0, 0, beta) | (dict(nll_loss=nll.detach()) if cpo_alpha else {})
-    return Outcome(loss + cpo_alpha*nll, len(nll), _means(metrics, found.top1, batch['lengths']))
+    return Outcome(loss + cpo_alpha*nll, len(nll), _means(metrics, found.top1, batch))
 
 def _simpo(model, head, batch, *, beta=2., simpo_gamma=1., label_smoothing=0., alpha=0.):
     return _cpo(model, head, batch, beta=beta, loss_type='simpo', label_smoothing=label_smoothing, cpo_alpha=0.,
@@ -212,12 +233,24 @@ OBJECTIVES |= {name: Objective(_answers, _answer_batch, loss)
 def _labelled(tok, ds, max_length=None, too_long='drop', packing=None):
     ds = _answers(tok, ds, max_length, too_long, packing, ('completion',))
     if 'label' not in ds.column_names: raise FtkitError('KTO needs to know which answers are good: label true or false')
-    if 'KL_completion_ids' in ds.column_names: return ds
-    ds = ds.remove_columns([c for c in ds.column_names if c == 'KL_completion_mask'])
-    names = [c for c in ('completion_ids', 'completion_mask') if c in ds.column_names]
-    others = ds.select_columns(names).select(mismatched(len(ds))).rename_columns({c: f'KL_{c}' for c in names})
+    if odd := [x for x in {*ds['label']} if x not in (0, 1)]: raise FtkitError(f'label {odd[0]!r} is not true or false')
+    ds = ds.remove_columns([c for c in ds.column_names if c.startswith(('KL_', 'ref_KL_'))])
     from datasets import concatenate_datasets
-    return concatenate_datasets([ds, others], axis=1)
+    tables = ds.select_columns('prompt_ids').with_format('arrow').iter(10_000)
+    others,same = mismatched([p.tobytes() for t in tables for p in list_arrays(t['prompt_ids'])])
+    if same: print(f'{same} of {len(ds)} rows are compared with another answer to their own prompt')
+    return concatenate_datasets([ds, _others(ds, others, max_length or sys.maxsize)], axis=1)
+
+def _others(ds, which, max_length):
+    "Answers of other rows, as long as there is room after each prompt"
+    import pyarrow as pa
+    names = [c for c in ('completion_ids', 'completion_mask') if c in ds.column_names]
+    pairs = zip(*(d.with_format('arrow').iter(10_000) for d in (ds.select_columns('prompt_ids'),
+                                                                ds.select_columns(names).select(which))))
+    def cut(prompts, column):
+        room = max_length - list_lengths(prompts)
+        return pa.array([a[:r] for a,r in zip(list_arrays(column), room)], column.type)
+    return tables_dataset(pa.table({f'KL_{c}': cut(p['prompt_ids'], o[c]) for c in names}) for p,o in pairs)
 
 # %% ../nbs/39_objectives.ipynb #93cc91ec
 def _across(x):
@@ -232,19 +265,19 @@ def _point(model, head, other):
     "KTO's reference point, from mismatched answers"
     import torch
     with torch.no_grad(): logps = answer_logps(model, head, other).logps
-    a,b = (sequence_logps(by_answer(x, other['lengths'])[0]) for x in (logps, other['ref_logps']))
-    return kto_kl(_across((a-b).mean()), 0.)
+    far = (_sums(logps, other) - _sums(other['ref_logps'], other)).mean()
+    return kto_kl(_across(far) if model.training else far, 0.)
 
 # %% ../nbs/39_objectives.ipynb #3d07726f
 def _kto(model, head, batch, *, beta=.1, loss_type='kto', desirable_weight=1., undesirable_weight=1.):
     found,label = answer_logps(model, head, batch),batch['label']
-    logps,ref = (sequence_logps(by_answer(x, batch['lengths'])[0]) for x in (found.logps, batch['ref_logps']))
+    logps,ref = (_sums(x, batch) for x in (found.logps, batch['ref_logps']))
     kl = _point(model, head, batch['kl']) if loss_type == 'kto' else logps.new_zeros(())
     loss = kto_loss(logps, ref, label, kl, beta, desirable_weight, undesirable_weight, loss_type)
     metrics = dict(kl=(kl, 1))
     for name,which in dict(chosen=label, rejected=~label).items():
-        metrics[f'rewards/{name}'] = (beta*(logps-ref).detach()[which]).sum(), which.sum()
-        metrics[f'logps/{name}'] = logps.detach()[which].sum(), which.sum()
+        metrics[f'rewards/{name}'] = (beta*(logps-ref).detach()*which).sum(), which.sum()
+        metrics[f'logps/{name}'] = (logps.detach()*which).sum(), which.sum()
     return Outcome(loss, len(loss), metrics)
 
 # %% ../nbs/39_objectives.ipynb #0b01e185

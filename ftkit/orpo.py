@@ -52,6 +52,9 @@ def cpo_loss(chosen_logps,        # log-probability of each preferred answer, or
     from torch.nn.functional import logsigmoid
     if loss_type not in ('sigmoid', 'hinge', 'ipo'): raise FtkitError(
         f"loss_type '{loss_type}' is unknown: use sigmoid, hinge or ipo")
+    for name,value in (('label_smoothing', label_smoothing), ('gamma', gamma)):
+        if value and loss_type != 'sigmoid': raise FtkitError(
+            f'{name} changes nothing in {loss_type}: it is for sigmoid')
     chosen,rejected = (-(-alpha*x).expm1()/alpha if alpha else x for x in (chosen_logps, rejected_logps))
     won = chosen - rejected
     if loss_type == 'hinge': return (1 - beta*won).relu()

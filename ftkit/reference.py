@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from . import __version__
-from .answers import answer_names
+from .answers import answer_names, list_lengths
 from .core import FtkitError, progress
 from .logps import answer_logps, head as find_head
 
@@ -37,11 +37,12 @@ def changes_nothing(model # maybe with an adapter of PEFT
     "Is the adapter as good as not there? Measured on a few tokens"
     import torch
     if not hasattr(model, 'peft_config'): return False
-    ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    new = next(iter(model.peft_config.values())).to_dict().get('trainable_token_indices') or []
+    new = sorted({i for ids in new.values() for i in ids} if isinstance(new, dict) else new)[:8]
+    ids = torch.tensor([[*range(1, 9), *new]], device=model.device) % model.get_input_embeddings().weight.shape[0]
     with _set([*model.modules()], 'training', False), torch.no_grad():
-        last = lambda: model(input_ids=ids, output_hidden_states=True).hidden_states[-1].float()
-        ours = last()
-        with model.disable_adapter(): base = last()
+        ours = model(input_ids=ids).logits.float()
+        with model.disable_adapter(): base = model(input_ids=ids).logits.float()
     return (ours-base).abs().max().item() <= 1e-5*base.abs().max().item()
 
 # %% ../nbs/39_reference.ipynb #614173b7
@@ -100,9 +101,13 @@ def rows_hash(ds,          # `Dataset` of numbers
             h.update(column.to_numpy(zero_copy_only=False).tobytes())
     return h.hexdigest()[:32]
 
+def _plain(x): return sorted(map(str, x)) if isinstance(x, set) else str(x)
+
 def _weights_hash(model):
+    "Of all weights and settings"
     import torch
-    h = hashlib.sha256()
+    adapters = {n: c.to_dict() for n,c in getattr(model, 'peft_config', {}).items()}
+    h = hashlib.sha256(json.dumps([model.config.to_dict(), adapters], sort_keys=True, default=_plain).encode())
     for name,p in sorted(model.state_dict().items()):
         if not torch.is_tensor(p): continue
         h.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode())
@@ -113,15 +118,14 @@ def _weights_hash(model):
 def _sizes(ds, columns):
     "Tokens of each row in these columns"
     import numpy as np
-    lengths = lambda c: c.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
     tables = ds.select_columns(columns).with_format('arrow').iter(10_000)
-    return np.concatenate([sum(map(lengths, table.columns)) for table in tables])
+    return np.concatenate([sum(map(list_lengths, table.columns)) for table in tables])
 
 def _computed(reference, ds, collate, batch_size, move):
-    "A table of log-probabilities, a list for each row; rows of like length are computed together"
+    "A table of log-probabilities, a list for each row; rows of like length are computed together, the longest first"
     import pyarrow as pa
     names = answer_names(ds.column_names)
-    order,out = _sizes(ds, [f'{n}_ids' for n in ('prompt', *names)]).argsort().tolist(),{}
+    order,out = _sizes(ds, [f'{n}_ids' for n in ('prompt', *names)]).argsort()[::-1].tolist(),{}
     for k in progress(range(0, len(order), batch_size), 'reference'):
         some = order[k:k+batch_size]
         batch = move(collate([ds[i] for i in some]))

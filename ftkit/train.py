@@ -12,7 +12,7 @@ Docs: https://ftkit.github.io/ftkit/train.html.md"""
 __all__ = ['TRACKERS', 'count', 'Run', 'read_log', 'run_files', 'last_checkpoint', 'train']
 
 # %% ../nbs/40_train.ipynb #6bc5613a
-import json, os, re, shutil, sys, time, warnings
+import hashlib, json, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,22 +23,24 @@ from .hparams import recommend
 from .lengths import WAYS
 from .models import save
 from .objectives import OBJECTIVES, share
-from .reference import Reference, precompute, rows_hash
+from .reference import Reference, changes_nothing, precompute, rows_hash
 from .with_trl import trl_trainer
 
 # %% ../nbs/40_train.ipynb #2d0e660a
 class _Sums:
     "Sums over the batches of a step, or of an evaluation, divided once"
     def add(self, mode, metrics):
-        import torch
         for name,two in metrics.items():
-            two = torch.stack([torch.as_tensor(x, device=self.args.device).detach().float() for x in two])
-            self.sums[mode][name] = self.sums[mode].get(name, 0) + two
+            old = self.sums[mode].get(name, (0, 0))
+            self.sums[mode][name] = [a + (b.detach() if hasattr(b, 'detach') else b) for a,b in zip(old, two)]
 
     def means(self, mode):
+        import torch
         found,self.sums[mode] = self.sums[mode],{}
-        found = {name: self.accelerator.reduce(two).tolist() for name,two in found.items()}
-        found = {name: a/b for name,(a,b) in found.items() if b}
+        sums = torch.stack([torch.as_tensor(x, dtype=torch.float, device=self.args.device)
+                            for two in found.values() for x in two]) if found else torch.zeros(0)
+        sums = self.accelerator.reduce(sums).view(-1, 2).tolist()
+        found = {name: a/b for name,(a,b) in zip(found, sums) if b}
         two = [found.get(f'rewards/{side}') for side in ('chosen', 'rejected')]
         return found if None in two else dict(found) | {'rewards/margins': two[0]-two[1]}
 
@@ -51,6 +53,15 @@ class _Sums:
         out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         out.metrics.update({f'{metric_key_prefix}_{name}': x for name,x in self.means('eval').items()})
         return out
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        "Each process gets rows of its own; accelerate would fill up the last round with rows it has had"
+        from torch.utils.data import DataLoader, Subset
+        data,world = eval_dataset or self.eval_dataset,self.args.world_size
+        few = not hasattr(data, '__len__') or len(data) < world
+        if world == 1 or few: return super().get_eval_dataloader(eval_dataset)
+        own = Subset(data, range(self.args.process_index, len(data), world))
+        return DataLoader(own, self.args.eval_batch_size, collate_fn=self.data_collator)
 
 # %% ../nbs/40_train.ipynb #b1a52645
 def count(batch # of an objective
@@ -107,7 +118,8 @@ def _trainer(objective, loss, reference, *args, **kwargs):
 
         def prediction_step(self, model, inputs, *args, **kwargs):
             import torch
-            with torch.no_grad(): return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            with torch.no_grad(): self.compute_loss(model, self._prepare_inputs(inputs))
+            return None, None, None # the sums say it all
 
         def measured(self, model):
             top = objective.head(model)
@@ -159,14 +171,16 @@ def _callbacks(path):
 
     class Log(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            _write_whole(path/'log.jsonl', ''.join(json.dumps(entry)+'\n' for entry in state.log_history))
+            lines = ''.join(json.dumps(entry)+'\n' for entry in state.log_history)
+            if state.is_world_process_zero: _write_whole(path/'log.jsonl', lines)
         def on_log(self, args, state, control, **kwargs):
+            if not state.is_world_process_zero: return
             with (path/'log.jsonl').open('a') as f: f.write(json.dumps(state.log_history[-1])+'\n')
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             self.bar,self.shown = tqdm(total=state.max_steps, initial=state.global_step, desc='training',
-                                       disable=bool(os.environ.get('IN_TEST'))),{}
+                                       disable=bool(os.environ.get('IN_TEST')) or not state.is_world_process_zero),{}
         def on_log(self, args, state, control, logs, **kwargs):
             names = dict(loss='loss', eval_loss='held-out')
             self.shown |= {name: f'{logs[key]:.3f}' for key,name in names.items() if key in logs}
@@ -198,6 +212,7 @@ def _may_write(out, resume, overwrite):
     if out.exists() and not out.is_dir(): raise FtkitError(f'{out} is a file: choose another folder')
     if run_files(out) and not (resume or overwrite): raise FtkitError(
         f'{out} already holds a run: resume it, or overwrite it')
+    if resume and not last_checkpoint(out): print(f'no whole checkpoint in {out}: starting anew')
 
 # %% ../nbs/40_train.ipynb #624407bd
 def last_checkpoint(path # folder of a run
@@ -236,26 +251,33 @@ def _data_record(ds):
 # %% ../nbs/40_train.ipynb #cc265d5d
 class _Record:
     "`run.json`, written when a run begins and when it ends"
-    def __init__(self, out, trainer, data, eval_data, **settings):
+    def __init__(self, out, trainer, eval_data, earlier, **settings):
+        import torch
         model = trainer.model
-        self.file,self.start,self.trainer,self.before = out/'run.json',time.time(),trainer,trainer.state.global_step
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+        self.file,self.trainer,self.start,self.earlier = out/'run.json',trainer,time.time(),earlier
         self.found = settings | dict(model=getattr(model, 'ftkit', {}) | dict(kind=type(model).__name__),
-            seed=trainer.args.seed, data=_data_record(data), eval_data=_data_record(eval_data), versions=_versions(),
+            seed=trainer.args.seed, eval_data=_data_record(eval_data), versions=_versions(),
             hardware=asdict(Device.detect()) | dict(processes=trainer.args.world_size, cpus=os.cpu_count()))
 
-    def write(self):
-        state,seconds = self.trainer.state,time.time()-self.start
-        tokens = int(getattr(self.trainer, 'tokens', 0) or state.num_input_tokens_seen)
-        took = dict(step=state.global_step, steps=state.max_steps, seconds=round(seconds, 1), tokens=tokens,
-                    tokens_per_second=round(tokens/max(seconds, 1e-9)), peak_memory=_peak(),
-                    best_checkpoint=state.best_model_checkpoint, best_metric=state.best_metric)
-        _write_whole(self.file, json.dumps(self.found | took, indent=1, default=str))
+    def write(self, finished=False):
+        "On all processes, as the tokens are those of all"
+        import torch
+        trainer,state = self.trainer,self.trainer.state
+        tokens = torch.as_tensor(getattr(trainer, 'tokens', 0), dtype=torch.float64, device=trainer.args.device)
+        tokens = int(trainer.accelerator.reduce(tokens)) + (self.earlier.get('tokens') or 0)
+        seconds = time.time()-self.start + self.earlier.get('seconds', 0)
+        took = dict(step=state.global_step, steps=state.max_steps, finished=finished, seconds=round(seconds, 1),
+                    tokens=tokens or None, tokens_per_second=round(tokens/max(seconds, 1e-9)) or None,
+                    peak_memory=_peak(), best_checkpoint=state.best_model_checkpoint, best_metric=state.best_metric)
+        text = json.dumps(self.found | took, indent=1, default=str)
+        if trainer.is_world_process_zero(): _write_whole(self.file, text)
 
 # %% ../nbs/40_train.ipynb #f0a7909f
 def _rate(objective, model):
     "A learning rate to start from"
     known = dict(cpo='orpo', simpo='orpo').get(objective, objective)
-    if known not in ('reward', 'dpo', 'kto', 'orpo'): return 2e-4
+    if known not in ('sft', 'reward', 'dpo', 'kto', 'orpo'): return 2e-4
     return recommend(known, 'lora' if hasattr(model, 'peft_config') else 'full').config['learning_rate']
 
 def _settings(out, precision, options, rate, evaluate, fresh, patience):
@@ -270,7 +292,8 @@ def _settings(out, precision, options, rate, evaluate, fresh, patience):
         eval_strategy='steps' if evaluate else 'no', eval_steps=often, eval_on_start=evaluate and fresh,
         remove_unused_columns=False, prediction_loss_only=True, seed=0, gradient_checkpointing=False,
         use_cpu=device.kind == 'cpu', bf16=precision == 'bf16', fp16=precision == 'fp16',
-        dataloader_pin_memory=device.kind == 'cuda')
+        dataloader_pin_memory=device.kind == 'cuda', ddp_find_unused_parameters=False,
+        restore_callback_states_from_checkpoint=patience is not None)
     if options.get('gradient_checkpointing'): defaults['gradient_checkpointing_kwargs'] = dict(use_reentrant=False)
     if patience is not None: defaults |= dict(load_best_model_at_end=True, metric_for_best_model='eval_loss')
     return {**defaults, **options}
@@ -284,8 +307,12 @@ def _arguments(kind, settings):
     for name in [trackers] if isinstance(trackers, str) else trackers or []:
         if name in TRACKERS and not find_spec(name): raise FtkitError(
             f"report_to='{name}': it is not installed: pip install {name.replace('_', '-')}")
-    try: return kind(**settings)
+    try: args = kind(**settings)
     except (TypeError, ValueError) as e: raise FtkitError(f'training options: {e}') from e
+    if args.n_gpu > 1: # transformers would cut batches into pieces that do not belong together
+        print(f'{args.n_gpu} GPUs are visible, one is used: torchrun --nproc_per_node {args.n_gpu} uses all')
+        args._n_gpu = 1
+    return args
 
 def _stops(patience, evaluate):
     "Callbacks that end a run early"
@@ -307,11 +334,15 @@ def _tried(make, train_dataset, **kwargs):
     except ValueError as e: raise FtkitError(f'training options: {e}') from e
     trainer.remove_callback(PrinterCallback)
     no_bars()
-    if not hasattr(train_dataset, '__len__') or not isinstance(trainer, _Sums): return trainer
+    if not any(p.requires_grad for p in trainer.model.parameters()): raise FtkitError(
+        "no weight is trained: load_model(adapter='lora'), or load_tuned(trainable=True)")
+    if not isinstance(trainer, _Sums): return trainer
     model,training = trainer.model,trainer.model.training
     model.eval()
     try:
-        batch = trainer._prepare_inputs(trainer.data_collator([train_dataset[0]]))
+        if (row := next(iter(train_dataset), None)) is None: raise FtkitError(
+            'no row of the stream is left: is max_length too small?')
+        batch = trainer._prepare_inputs(trainer.data_collator([row]))
         with torch.no_grad(): trainer.compute_loss(model, batch)
     finally: model.train(training)
     trainer.sums['eval'].clear()
@@ -323,7 +354,7 @@ def _with_reference(trainer, data, eval_data, precision):
     def done(ds):
         if ds is None: return None
         with trainer.args.main_process_first(), trainer.accelerator.autocast(): return precompute(
-            trainer.reference, ds, trainer.data_collator, trainer.args.eval_batch_size, precision,
+            trainer.reference, ds, trainer.data_collator, trainer.args.train_batch_size, precision,
             trainer._prepare_inputs)
     trainer.train_dataset,trainer.eval_dataset = done(data),done(eval_data)
     trainer.reference = None
@@ -337,17 +368,74 @@ def _run(trainer, checkpoint, record):
         # PEFT says so at every checkpoint of a model with new tokens
         warnings.filterwarnings('ignore', 'Setting `save_embedding_layers`')
         trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False) # or it would go on in autocast
     if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad): raise FtkitError(
         f'the weights are not finite after training: lower learning_rate={trainer.args.learning_rate}')
-    record.write()
 
 def _maker(engine, objective, own, began, model, tok, settings):
     "A function that makes a trainer"
     from transformers import TrainingArguments
-    if engine == 'trl': return partial(
-        trl_trainer, objective, own, began, model, tok, partial(_arguments, settings=settings))
-    obj = OBJECTIVES[objective]
-    return partial(_trainer, obj, partial(obj.loss, **own), began, model, _arguments(TrainingArguments, settings))
+    if engine == 'ftkit':
+        obj = OBJECTIVES[objective]
+        return partial(_trainer, obj, partial(obj.loss, **own), began, model, _arguments(TrainingArguments, settings))
+    if began and began.how == 'adapter' and not changes_nothing(model): raise FtkitError(
+        "reference='adapter': TRL would measure from the trained adapter: reference='precomputed' does")
+    return partial(trl_trainer, objective, own, began, model, tok, partial(_arguments, settings=settings))
+
+# %% ../nbs/40_train.ipynb #8655c115
+def _start(model):
+    "A hash that changes with the weights that are trained"
+    h = hashlib.sha256()
+    for p in model.parameters():
+        if p.requires_grad: h.update(p.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+def _earlier(out, fixed):
+    "The record of the run that is resumed; raises `FtkitError` if it was another one"
+    file = out/'run.json'
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for name,value in json.loads(json.dumps(fixed, default=str)).items():
+        if name in found and found[name] != value: raise FtkitError(
+            f'{out} holds a run with another {name}: {found[name]}, not {value}'
+            + ('; the model has been trained since: load it anew' if name in ('start', 'reference') else ''))
+    return found
+
+def _ended(trainer, earlier, settings):
+    "Had the run that is resumed come to its end? Then the model gets its weights"
+    before,folder = earlier.get('options', {}),Path(trainer.args.output_dir)/'adapter'
+    same = all(before.get(k) == settings.get(k) for k in ('max_steps', 'num_train_epochs'))
+    if not (earlier.get('finished') and same and folder.is_dir()): return False
+    print(f'{trainer.args.output_dir} holds the finished run')
+    trainer._load_from_checkpoint(str(folder))
+    return True
+
+# %% ../nbs/40_train.ipynb #f3b26b40
+def _written_run(trainer, out, checkpoint, record, tok):
+    "Make room, run, save"
+    first,wait = trainer.is_world_process_zero(),trainer.accelerator.wait_for_everyone
+    wait()
+    if first and not checkpoint: _remove(run_files(out))
+    out.mkdir(parents=True, exist_ok=True)
+    wait()
+    _run(trainer, checkpoint, record)
+    if first: save(trainer.model, tok, out/'adapter')
+    record.write(finished=True)
+    wait()
+
+def _several(callbacks):
+    from transformers import TrainerCallback
+    return [callbacks] if isinstance(callbacks, TrainerCallback) else callbacks
+
+def _asked(objective, engine, too_long, reference, options):
+    "Raise for arguments that are wrong in themselves"
+    if objective not in OBJECTIVES: raise FtkitError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
+    if engine not in ('ftkit', 'trl'): raise FtkitError(f"engine '{engine}' is not ftkit or trl")
+    if too_long not in WAYS: raise FtkitError(f"too_long '{too_long}' is unknown: use one of {', '.join(WAYS)}")
+    if reference and not OBJECTIVES[objective].reference: raise FtkitError(f'{objective} has no reference')
+    for name,instead in dict(resume_from_checkpoint='resume=True', output_dir='out', do_train='train').items():
+        if name in options: raise FtkitError(f'{name}: here it is called {instead}')
+    if 'label_smoothing_factor' in options and objective != 'sft': raise FtkitError(
+        f'label_smoothing_factor is for sft; {objective} knows {", ".join(OBJECTIVES[objective].options())}')
 
 # %% ../nbs/40_train.ipynb #f655e881
 def train(model,            # from `load_model`
@@ -370,28 +458,23 @@ def train(model,            # from `load_model`
           **options         # of `transformers.TrainingArguments`, or of the objective: `loss_type`, for instance
          ):                 # `Run`
     "Train and save under `out`; raises `FtkitError` before anything is written if data or options are wrong"
-    if objective not in OBJECTIVES: raise FtkitError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
-    if engine not in ('ftkit', 'trl'): raise FtkitError(f"engine '{engine}' is not ftkit or trl")
+    _asked(objective, engine, too_long, reference, options)
     out,obj = Path(out or f'runs/{objective}'),OBJECTIVES[objective]
     _may_write(out, resume, overwrite)
-    if too_long not in WAYS: raise FtkitError(f"too_long '{too_long}' is unknown: use one of {', '.join(WAYS)}")
-    if reference and not obj.reference: raise FtkitError(f'{objective} has no reference')
     own = {k: options.pop(k, v) for k,v in obj.options().items()}
     evaluate,checkpoint = eval_data is not None,last_checkpoint(out) if resume else None
     stops,collate = _stops(patience, evaluate),obj.collate(tok, model, packing)
     data = obj.prepare(tok, data, max_length, too_long, packing)
-    if evaluate: eval_data = obj.prepare(tok, eval_data, max_length, too_long)
-    if resume and not checkpoint: print(f'no whole checkpoint in {out}: starting anew')
+    if evaluate: eval_data = obj.prepare(tok, eval_data, max_length, 'split' if packing == 'wrapped' else too_long)
     settings = _settings(out, precision, options, _rate(objective, model), evaluate, checkpoint is None, patience)
     began = Reference(model, reference) if obj.reference else None
+    fixed = dict(objective=objective, engine=engine, reference=began and began.how, data=_data_record(data),
+                 start=began and _start(model))
+    earlier = _earlier(out, fixed) if checkpoint else {}
     trainer = _tried(_maker(engine, objective, own, began, model, tok, settings), data, eval_dataset=eval_data,
-                     data_collator=collate, callbacks=[*_callbacks(out), *stops, *callbacks])
-    if not checkpoint: _remove(run_files(out))
-    out.mkdir(parents=True, exist_ok=True)
-    record = _Record(out, trainer, data, eval_data, objective=objective, engine=engine, options=own | options,
-                     max_length=max_length, too_long=too_long, packing=getattr(collate, 'layout', packing),
-                     precision=precision, reference=began and began.how)
-    _run(trainer, checkpoint, record)
-    save(model, tok, out/'adapter')
-    log = read_log(out)
-    return Run(out, log, {k:v for entry in log for k,v in entry.items()})
+                     data_collator=collate, callbacks=[*_callbacks(out), *stops, *_several(callbacks)])
+    layout = getattr(collate, 'layout', packing) if engine == 'ftkit' else None
+    record = _Record(out, trainer, eval_data, earlier, **fixed, options=own | settings, max_length=max_length,
+                     too_long=too_long, patience=patience, precision=precision, packing=layout)
+    if not _ended(trainer, earlier, settings): _written_run(trainer, out, checkpoint, record, tok)
+    return Run(out, log := read_log(out), {k:v for entry in log for k,v in entry.items()})

@@ -57,10 +57,13 @@ def trl_rows(ds,       # as an objective of ftkit prepares them
 
 def _options(objective, own, settings):
     "Arguments of TRL's configuration"
+    if own.get('sft_average') == 'example': raise FtkitError(
+        "engine='trl' averages SFT over tokens: sft_average='token'")
     own = {k: v for k,v in own.items() if k != 'sft_average'}
     if objective == 'simpo': own |= dict(loss_type='simpo', cpo_alpha=0.)
-    more = dict(max_length=None, disable_dropout=False)
-    if objective == 'sft': more = dict(max_length=None, dataset_kwargs=dict(skip_prepare_dataset=True))
+    more = dict(max_length=None)
+    if objective == 'sft': more |= dict(dataset_kwargs=dict(skip_prepare_dataset=True))
+    else: settings = dict(disable_dropout=False) | settings
     if objective in ('orpo', 'cpo', 'simpo'): more['max_length'] = 10**9
     if objective == 'kto': # which refuses another order if there is a reference point
         settings = dict(train_sampling_strategy='sequential' if own['loss_type'] == 'kto' else 'random') | settings

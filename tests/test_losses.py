@@ -3,6 +3,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 import pytest, torch
 from ftkit.dpo import DIVERGENCES, VARIANTS, dpo_loss, ld_logps, preference_metrics
+from ftkit.grpo import CORRECTIONS, advantages, grpo_loss, loss_count, policy_metrics, sampler_weights, uncertain
 from ftkit.kto import kto_kl, kto_loss
 from ftkit.orpo import cpo_loss, log_odds_ratio, orpo_loss, simpo_loss
 from ftkit.reward import reward_loss, reward_metrics
@@ -146,3 +147,106 @@ def test_cpo(loss_type, alpha):
     if loss_type == 'simpo': ours = simpo_loss(chosen, rejected, 2., .5, label_smoothing=smoothing, alpha=alpha)
     else: ours = cpo_loss(chosen, rejected, 2., loss_type, smoothing, alpha=alpha)
     close(ours, theirs)
+
+# groups
+
+TOKENS = 9
+
+def rollouts(seed=0):
+    "Eight answers of 1 to 9 tokens: what policy, sampler and reference say of each token, entropies, mask, advantages"
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(TOKENS) < torch.tensor([9, 4, 1, 7, 3, 9, 5, 2])[:, None]
+    logps,old,ref,entropy = (-torch.rand(8, TOKENS, generator=g)*2 for _ in range(4))
+    return logps.requires_grad_(), old, ref, -entropy, mask, advantages(torch.rand(8, generator=g), 4)
+
+def trl_group(loss_type='grpo', importance_sampling_level='token', beta=0., epsilon=.2, epsilon_high=.2, delta=None,
+              quantile=1., ratio=None, entropy_coef=0.):
+    "(loss, gradient, metrics) of TRL's GRPOTrainer on `rollouts`"
+    from trl import GRPOTrainer
+    logps,old,ref,entropies,mask,A = rollouts()
+    model = torch.nn.Linear(1, 1)
+    one = SimpleNamespace(**vars(SAME), num_processes=1, sync_gradients=True, reduce=lambda x, reduction: x,
+                          pad_across_processes=lambda x, **_: x)
+    trainer = SimpleNamespace(model=model, accelerator=one, aux_loss_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, entropies, None), top_entropy_quantile=quantile,
+        off_policy_mask_threshold=None, importance_sampling_level=importance_sampling_level, beta=beta,
+        loss_type=loss_type, epsilon_low=epsilon, epsilon_high=epsilon_high, use_vllm=ratio is not None,
+        vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1, max_completion_length=20,
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        _entropy_bonus_enabled=entropy_coef > 0, use_adaptive_entropy=False, entropy_coef=entropy_coef,
+        _metrics=defaultdict(lambda: defaultdict(list)))
+    trainer.get_high_entropy_mask = lambda *args: GRPOTrainer.get_high_entropy_mask(trainer, *args)
+    inputs = dict(prompt_ids=mask[:, :2], prompt_mask=mask[:, :2], completion_ids=mask, completion_mask=mask.long(),
+        advantages=A, old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=mask.sum(),
+        importance_sampling_ratio=ratio)
+    loss = GRPOTrainer._compute_loss(trainer, model, inputs)
+    return loss, *torch.autograd.grad(loss, logps), {k: v[-1] for k,v in trainer._metrics['train'].items()}
+
+GROUPS = {k: dict(loss_type=k) for k in ('grpo', 'bnpo', 'dr_grpo', 'dapo')} | {
+    'cispo': dict(loss_type='cispo', epsilon_high=1.4), 'clip higher': dict(epsilon_high=.6),
+    'delta': dict(delta=1.3), 'gspo': dict(importance_sampling_level='sequence', epsilon=.01, epsilon_high=.02),
+    'gspo of tokens': dict(loss_type='dapo', importance_sampling_level='sequence'),
+    'beta': dict(beta=.3), 'dapo with beta': dict(loss_type='dapo', beta=.3),
+    'dr_grpo with beta': dict(loss_type='dr_grpo', beta=.1),
+    'cispo with beta': dict(loss_type='cispo', beta=.1, epsilon_high=2.)}
+
+@pytest.mark.parametrize('case', GROUPS)
+def test_losses_of_groups(case):
+    options = dict(GROUPS[case])
+    theirs,slope,metrics = trl_group(**options)
+    level = options.pop('importance_sampling_level', 'token')
+    logps,old,ref,_,mask,A = rollouts()
+    kind = dict(loss_type='grpo') | options
+    each = grpo_loss(logps, old, A, mask, level=level, ref_logps=ref, max_completion_length=20, **kind)
+    ours = each.sum()/loss_count(mask, kind['loss_type'])
+    close(ours, theirs)
+    close(*torch.autograd.grad(ours, logps), slope)
+    if kind['loss_type'] == 'cispo' or 'delta' in options: return # TRL counts others as clipped there
+    limits = {k: v for k,v in kind.items() if k.startswith('epsilon')}
+    found = {k: a/b for k,(a,b) in policy_metrics(logps, old, A, mask, level, **limits).items()}
+    if level == 'token': close(found['clip_share'], metrics['clip_ratio/region_mean'])
+
+def test_undecided_tokens_and_the_entropy_bonus():
+    logps,old,_,entropies,mask,A = rollouts()
+    theirs,slope,_ = trl_group('dapo', quantile=.4, entropy_coef=.1)
+    some = uncertain(entropies, mask, .4)
+    bonus = (entropies*some).sum()/some.sum()
+    ours = grpo_loss(logps, old, A, mask, weights=some).sum()/loss_count(mask) - .1*bonus
+    close(ours, theirs)
+    close(*torch.autograd.grad(ours, logps), slope)
+
+@pytest.mark.parametrize('mode', CORRECTIONS)
+def test_the_sampler_is_another_model(mode):
+    "The ratio as TRL computes it when it has rolled out, and the loss with it"
+    logps,old,sampled,_,mask,A = rollouts()
+    sampled[0, 1] = float('nan')
+    low,high = (.5, 1.5) if mode.startswith('token') else (.3, 4.)
+    ours = sampler_weights(old, sampled, mask, mode, low, high)
+    gap = ((old-sampled)*mask).nan_to_num(0.)
+    plain = (gap if mode.startswith('token') else gap.sum(-1, keepdim=True)).exp()
+    out = (plain < low) | (plain > high)
+    assert out.any() and not out.all()
+    close(ours, plain.clamp(low, high) if mode.endswith('truncate') else plain.masked_fill(out, 0.))
+    theirs,slope,_ = trl_group('dapo', ratio=ours)
+    loss = grpo_loss(logps, old, A, mask, weights=ours).sum()/loss_count(mask)
+    close(loss, theirs)
+    close(*torch.autograd.grad(loss, logps), slope)
+
+def test_rloo():
+    "Advantages and loss as TRL's RLOOTrainer has them"
+    from trl import RLOOTrainer
+    logps,old,_,entropies,mask,_ = rollouts()
+    rewards = torch.tensor([1., 0, .5, .2, 0, 0, float('nan'), 1])
+    grouped = rewards.view(2, 4)
+    A = advantages(rewards, 4, 'none', 'others')
+    close(A, (rewards - ((grouped.nansum(1, keepdim=True)-grouped)/torch.tensor([[3.], [2.]])).view(-1)).nan_to_num(0.))
+    trainer = SimpleNamespace(model=torch.nn.Linear(1, 1), aux_loss_enabled=False, epsilon_low=.2, epsilon_high=.2,
+        accelerator=SimpleNamespace(**vars(SAME), reduce=lambda x, reduction: x),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, entropies, None),
+        _metrics=defaultdict(lambda: defaultdict(list)))
+    inputs = dict(prompt_ids=mask[:, :2], prompt_mask=mask[:, :2], completion_ids=mask, completion_mask=mask.long(),
+                  advantages=A, old_logps=(old*mask).sum(1))
+    theirs = RLOOTrainer._compute_loss(trainer, trainer.model, inputs)
+    ours = grpo_loss(logps, old, A, mask, 'grpo', 'answer').sum()/loss_count(mask, 'grpo')
+    close(ours, theirs)
+    close(*(torch.autograd.grad(x, logps)[0] for x in (ours, theirs)))

@@ -1,6 +1,7 @@
 "Against TRL: the same data, seed and model must cost the same at every step"
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 import pytest, torch
 from ftkit.chat import set_template
 from ftkit.tasks import rows
@@ -94,20 +95,27 @@ for kind in ('plain', 'weighted'):
     data = [dict(input_ids=row, labels=row) for row in ids]
     if kind == 'weighted': data = [r | dict(weights=[.5+.1*i]*len(r['labels'])) for i,r in enumerate(data)]
     size = 8//int(os.environ.get('WORLD_SIZE', 1))
-    run = train(model, tok, data, out=f'{sys.argv[1]}/{kind}{os.environ.get("RANK", "")}', max_steps=1,
-                per_device_train_batch_size=size)
+    run = train(model, tok, data, out=f'{sys.argv[1]}/{kind}', max_steps=1, per_device_train_batch_size=size)
     print('found', kind, *(f'{run.log[0][k]:.6f}' for k in ('loss', 'grad_norm', 'mean_token_accuracy')))
+from test_objectives import pairs, start
+for objective in ('dpo', 'reward'):
+    run = train(*start(objective), pairs(16), objective, out=f'{sys.argv[1]}/{objective}', max_steps=2,
+                learning_rate=1e-3, warmup_steps=0, eval_data=pairs(13), per_device_train_batch_size=size,
+                per_device_eval_batch_size=4)
+    names = ('loss', 'grad_norm'), ('eval_loss',)
+    print('found', objective, *(f'{e[k]:.5f}' for e in run.log for some in names for k in some if k in e),
+          run.record['tokens'], len(run.log))
 '''
 
 def test_two_processes_equal_one(tmp_path):
-    "Rows of unlike length and weight, on two CPUs: the same loss, gradient and accuracy"
+    "Rows of unlike length and weight, pairs, held-out pairs that do not come out even: the same, in one folder"
     import os, subprocess, sys
-    (tmp_path/'run.py').write_text(ACROSS)
+    (tmp_path/'run.py').write_text(f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})' + ACROSS)
     def found(*launcher):
         out = subprocess.run([sys.executable, *launcher, tmp_path/'run.py', tmp_path/str(len(launcher))],
                              text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
         assert out.returncode == 0, out.stderr[-2000:]
         return {line[line.index('found'):] for line in out.stdout.splitlines() if 'found' in line}
     alone = found()
-    assert len(alone) == 2
+    assert len(alone) == 4
     assert found('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2') == alone
