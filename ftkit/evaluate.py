@@ -15,8 +15,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from .answers import answer_names, encode_answers
 from .core import FtkitError, progress
-from .generate import evaluating, generate
+from .generate import generate
 from .logps import answer_logps, by_answer, head as find_head, sequence_logps
+from .models import evaluating
 from .objectives import OBJECTIVES, reward_head, rewards
 
 # %% ../nbs/61_evaluate.ipynb #03846cc7
