@@ -28,6 +28,7 @@ Modules:
 - `ftkit.reference`: What the model was before training, three ways
 - `ftkit.reward`: A score for answers, learned from which of two people preferred
 - `ftkit.rewards`: Functions that say how good an answer is, and a bench to try them on before anything is trained on them
+- `ftkit.rl`: The whole loop on one screen: prompts, rollouts, rewards, advantages, log-probabilities, loss, step, log
 - `ftkit.rollout`: Several answers to each prompt, token ids in and out, with what the engine thought of every token it drew
 - `ftkit.sandbox`: Run what a model wrote: it can compute, print, and write into an empty folder, and nothing else
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely

@@ -254,8 +254,14 @@ class AnswerCollator:
 
     def laid(self, examples, names):
         "The answers of these names, in the order of the examples"
+        import torch
+        batch = self.lay([_tree(ex, names) for ex in examples])
+        ref = [ex.get(f'ref_{n}_logps') for ex in examples for n in names]
+        return batch if ref[0] is None else batch | dict(ref_logps=torch.tensor(sum(map(list, ref), [])))
+
+    def lay(self, trees):
+        "A batch of (prompt, [answer], [which of its tokens are trained]), all arrays"
         import numpy as np, torch
-        trees = [_tree(ex, names) for ex in examples]
         if self.layout != 'shared': trees = [(p, [a], [m]) for p,answers,masks in trees for a,m in zip(answers, masks)]
         sizes = [len(p) + sum(map(len, a)) for p,a,_ in trees]
         one_row = self.layout == 'packed' and self.rows.varlen
@@ -265,11 +271,9 @@ class AnswerCollator:
         at,targets,last = zip(*found)
         lengths = torch.tensor([len(t) for t in targets])
         longest = max(map(len, targets))
-        batch = dict(inputs=self._inputs(*map(torch.as_tensor, (ids, positions, tree, branch))), lengths=lengths,
-                     at=torch.as_tensor(np.concatenate(at)), targets=torch.as_tensor(np.concatenate(targets)).long(),
-                     last=torch.as_tensor(np.array(last)), longest=longest)
-        ref = [ex.get(f'ref_{n}_logps') for ex in examples for n in names]
-        return batch if ref[0] is None else batch | dict(ref_logps=torch.tensor(sum(map(list, ref), [])))
+        return dict(inputs=self._inputs(*map(torch.as_tensor, (ids, positions, tree, branch))), lengths=lengths,
+                    at=torch.as_tensor(np.concatenate(at)), targets=torch.as_tensor(np.concatenate(targets)).long(),
+                    last=torch.as_tensor(np.array(last)), longest=longest)
 
     def _inputs(self, ids, positions, tree, branch):
         inputs = dict(input_ids=ids, use_cache=False)

@@ -197,7 +197,7 @@ def _callbacks(path):
     return [Log, Bar, Guard]
 
 # %% ../nbs/40_train.ipynb #0e6616ef
-_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|((log|samples)\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
+_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|((log|samples|rollouts)\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
 
 def run_files(path # folder of a run
              ):    # list of paths
