@@ -83,8 +83,9 @@ def choices(algorithm, # a key of `ALGORITHMS`
     known = {f.name for f in fields(Choices)}
     if odd := sorted({*options} - known): raise FtkitError(f"{', '.join(odd)}: rl knows {', '.join(sorted(known))}")
     found = Choices(**ALGORITHMS[algorithm] | options)
-    for name in ('steps', 'prompts_per_step', 'group', 'max_new_tokens', 'epochs', 'minibatches', 'micro_tokens', 'save_steps'):
-        if getattr(found, name) < 1: raise FtkitError(f'{name}={getattr(found, name)}: must be at least 1')
+    counts = 'steps prompts_per_step group max_new_tokens epochs minibatches micro_tokens save_steps'.split()
+    if low := [n for n in counts if getattr(found, n) < 1]: raise FtkitError(
+        f'{low[0]}={getattr(found, low[0])}: must be at least 1')
     if found.temperature <= 0: raise FtkitError(f'temperature={found.temperature}: answers to learn from must differ')
     if found.prompts_per_step % found.minibatches: raise FtkitError(
         f'{found.prompts_per_step} prompts are no {found.minibatches} equal minibatches')
@@ -133,7 +134,13 @@ def _groups(data, how, engine, tok, functions, step, skip=0):
     cut = lambda xs, i: xs[i*how.group:(i+1)*how.group]
     return [Group(row, found[i], cut(scores, i), texts=cut(texts, i)) for i,row in enumerate(some)]
 
-def collect(data, how, engine, tok, functions, step):
+def collect(data,      # rows
+            how,       # `Choices`
+            engine,    # that samples
+            tok,       # tokenizer
+            functions, # reward functions
+            step       # which rows are drawn, and with which seed
+           ):          # list of `Group`
     "The groups of a step; ones without spread are replaced as often as `resample` allows"
     groups = _groups(data, how, engine, tok, functions, step)
     for again in range(1, how.resample+1):
@@ -165,6 +172,7 @@ def _parts(groups, how):
         room -= size
     return parts
 
+# %% ../nbs/43_rl.ipynb #6f0ab0ca
 def _on(batch, device):
     return {k: _on(v, device) if isinstance(v, dict) else v.to(device) if hasattr(v, 'to') else v
             for k,v in batch.items()}
@@ -189,7 +197,8 @@ def answer_losses(model,  # that is trained
                   metrics # dict of name -> (sum, count), which is added to
                  ):       # loss of each answer, shape (n,)
     "Forward pass and loss of a batch"
-    logps,entropies,mask = _scored(model, head, batch, True if how.entropy_coef else 'value')
+    with autocast(model, how.precision): logps,entropies,mask = _scored(
+        model, head, batch, True if how.entropy_coef else 'value')
     old = batch['old'] if 'old' in batch else logps.detach() # fresh answers: the policy has not moved yet
     some = uncertain(entropies.detach(), mask, how.top_entropy) if how.top_entropy < 1 else None
     losses = grpo_loss(logps, old, batch['gains'], mask, how.loss_type, how.level, how.epsilon, how.epsilon_high,
@@ -205,7 +214,7 @@ class _State:
     "Model, optimizer, schedule, and where they stand"
     def __init__(self, model, how):
         from transformers import Trainer, TrainingArguments, get_scheduler
-        args = TrainingArguments(output_dir='.', bf16=False, optim=how.optim, learning_rate=how.learning_rate, report_to='none',
+        args = TrainingArguments('.', optim=how.optim, learning_rate=how.learning_rate, report_to='none', bf16=False,
                                  weight_decay=how.weight_decay, use_cpu=Device.detect().kind == 'cpu')
         kind,options = Trainer.get_optimizer_cls_and_kwargs(args)
         self.trained = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
@@ -223,8 +232,8 @@ class _State:
 
     def update(self):
         "One step of the optimizer, unless there was nothing to learn"
-        if all(p.grad is None for _,p in self.trained): self.norms.append(0.)
-        else: self.move()
+        if any(p.grad is not None for _,p in self.trained): self.move()
+        else: self.norms.append(0.), self.optimizer.step() # which moves nothing then; the schedule wants to see it
         self.schedule.step()
 
     def move(self):
@@ -243,7 +252,8 @@ class _State:
         folder = out/f'checkpoint-{self.step}'
         folder.mkdir(exist_ok=True)
         save_file({n: p.detach().cpu().contiguous() for n,p in self.trained}, folder/'trained.safetensors')
-        torch.save(dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict()), folder/'optimizer.pt')
+        parts = dict(optimizer=self.optimizer, schedule=self.schedule, scaler=self.scaler)
+        torch.save({name: part.state_dict() for name,part in parts.items()}, folder/'optimizer.pt')
         _write_whole(folder/'trainer_state.json', json.dumps(dict(global_step=self.step)))
         _remove([p for p in run_files(out) if p.name.startswith('checkpoint') and p != folder])
 
@@ -253,8 +263,7 @@ class _State:
         saved,other = load_file(folder/'trained.safetensors'),torch.load(folder/'optimizer.pt', map_location='cpu')
         with torch.no_grad():
             for n,p in self.trained: p.copy_(saved[n])
-        self.optimizer.load_state_dict(other['optimizer'])
-        self.schedule.load_state_dict(other['schedule'])
+        for name in ('optimizer', 'schedule', 'scaler'): getattr(self, name).load_state_dict(other[name])
         self.step = json.loads((folder/'trainer_state.json').read_text())['global_step']
 
 # %% ../nbs/43_rl.ipynb #3f6c1934
@@ -263,12 +272,15 @@ def _quiet(model, precision):
     "Without gradients and dropout, in the precision of training"
     with evaluating(model), autocast(model, precision): yield
 
-def autocast(model, precision):
+def autocast(model,    # that computes
+             precision # fp32, fp16 or bf16
+            ):         # while it lasts
     "The arithmetic of a precision"
     import torch
     if precision == 'fp32': return nullcontext()
     return torch.autocast(model.device.type, torch.bfloat16 if precision == 'bf16' else torch.float16)
 
+# %% ../nbs/43_rl.ipynb #42dc444e
 def _distances(groups, how, collator, model, head, began):
     "How far the policy is from the reference, of each answer: the sum of its log-ratios"
     out = []
@@ -278,17 +290,27 @@ def _distances(groups, how, collator, model, head, began):
         out += (ref.new_tensor([sum(r.logps) for g in part for r in g.rollouts]) - ref).tolist()
     return out
 
-def set_gains(groups, how, *policy):
+def set_gains(groups, # of a step; they are changed
+              how,    # `Choices`
+              *policy # collator, model, head and reference, where the distance is part of the reward
+             ):
     "Give every group its advantages"
     import torch
-    scores,count = torch.tensor([s for g in groups for s in g.scores]),0
-    if how.kl_in_reward and how.beta:
-        scores = add_rewards(scores, how.weights) - how.beta*torch.tensor(_distances(groups, how, *policy))
-    found = advantages(scores, how.group, how.scale, how.baseline, how.weights if scores.dim() > 1 else None, how.aggregation)
+    scores = torch.tensor([s for g in groups for s in g.scores])
+    far = _distances(groups, how, *policy) if how.kl_in_reward and how.beta else None
+    if far: scores = add_rewards(scores, how.weights) - how.beta*torch.tensor(far)
+    weights = how.weights if scores.dim() > 1 else None
+    found = advantages(scores, how.group, how.scale, how.baseline, weights, how.aggregation)
     for i,g in enumerate(groups): g.gains = found[i*how.group:(i+1)*how.group]
 
-# %% ../nbs/43_rl.ipynb #42dc444e
-def batches(groups, how, collator, model, head, began):
+# %% ../nbs/43_rl.ipynb #c5bf608d
+def batches(groups,   # with advantages
+            how,      # `Choices`
+            collator, # `AnswerCollator`
+            model,    # that is trained
+            head,     # at the temperature of sampling
+            began     # `Reference`, if there is a price
+           ):         # list of batches
     "Batches of the groups that teach something, with what must be known of them before the policy moves"
     priced = how.beta and not how.kl_in_reward
     every = priced or how.entropy_coef or how.top_entropy < 1 # whose threshold is one of all tokens
@@ -303,7 +325,9 @@ def batches(groups, how, collator, model, head, began):
         out.append(batch)
     return out
 
-def divisor(groups, how):
+def divisor(groups, # of an update
+            how     # `Choices`
+           ):       # a number
     "What the losses of all groups are divided by"
     sizes = [len(r.ids)*(r.stopped or not how.mask_truncated) for g in groups for r in g.rollouts]
     return max(1, len(sizes) if how.loss_type in ('grpo', 'dr_grpo') else sum(sizes))
@@ -333,9 +357,7 @@ def rl(model,             # with an adapter, or to be trained as a whole
         with run.time('update'):
             for _ in range(how.epochs):
                 for total,parts in held:
-                    for batch in parts:
-                        with autocast(model, how.precision): losses = answer_losses(model, run.head, batch, how, metrics)
-                        state.backward(losses.sum()/total)
+                    for batch in parts: state.backward(answer_losses(model, run.head, batch, how, metrics).sum()/total)
                     state.update()
         state.step += 1
         with run.time('sync'): run.engine.sync(state.step)
@@ -349,7 +371,8 @@ class _Run:
         how = self.how = choices(algorithm, **options)
         self.out,self.tok,self.model,self.evaluate = Path(out or f'runs/{algorithm}'),tok,model,evaluate
         self.rewards,self.data = [rewards] if callable(rewards) else list(rewards),list(data)
-        if not self.data or not self.rewards: raise FtkitError(f'{len(self.data)} rows, {len(self.rewards)} rewards: give both')
+        if not self.data or not self.rewards: raise FtkitError(
+            f'{len(self.data)} rows, {len(self.rewards)} rewards: give both')
         for row in self.data: _prompt(row)
         _may_write(self.out, resume, overwrite)
         whole = find_head(model)
@@ -366,8 +389,9 @@ class _Run:
         self.out.mkdir(parents=True, exist_ok=True)
         if checkpoint: self.resumed(checkpoint, fixed)
         self.model.train()
-        _write_whole(self.out/'run.json', json.dumps(fixed | dict(rewards=[name_of(f) for f in self.rewards],
-                     rows=len(self.data), versions=_versions(), hardware=asdict(Device.detect())), indent=1, default=str))
+        record = fixed | dict(rewards=[name_of(f) for f in self.rewards], rows=len(self.data), versions=_versions(),
+                              hardware=asdict(Device.detect()))
+        _write_whole(self.out/'run.json', json.dumps(record, indent=1, default=str))
         if self.evaluate and not checkpoint: self.write([dict(step=0) | self.evaluate(self.model)])
 
     def resumed(self, checkpoint, fixed):
@@ -375,8 +399,9 @@ class _Run:
         before = json.loads((self.out/'run.json').read_text())
         mine = json.loads(json.dumps(fixed))
         mine['options']['steps'] = before['options']['steps']
-        if odd := [k for k in mine if mine[k] != before.get(k)]: raise FtkitError(
-            f"{self.out} holds a run with another {odd[0]}" + ': load the model anew'*(odd[0] == 'start'))
+        odd = [k for k in mine if mine[k] != before.get(k)]
+        if odd: raise FtkitError(f'{self.out} holds a run with another {odd[0]}'
+                                 + ': load the model anew'*(odd[0] == 'start'))
         self.state.load(checkpoint)
         for name in ('log.jsonl', 'rollouts.jsonl'):
             kept = [l for l in (self.out/name).read_text().splitlines() if json.loads(l)['step'] <= self.state.step]
@@ -402,6 +427,7 @@ def _summary(groups, functions, how):
     return by | dict(reward=total.nanmean().item(), spread=sum(g.spread for g in groups)/len(groups),
                      truncated=sum(not r.stopped for r in all_)/len(all_), length=lengths.mean().item())
 
+# %% ../nbs/43_rl.ipynb #818bb544
 @patch
 def log(self:_Run, groups, metrics):
     "Write what happened in a step, and a checkpoint now and then"
@@ -409,7 +435,8 @@ def log(self:_Run, groups, metrics):
     entry = dict(step=state.step) | _summary(groups, self.rewards, how)
     entry |= {k: float(a/b) for k,(a,b) in metrics.items() if b} | dict(grad_norm=max(state.norms), seconds=self.took)
     state.norms = []
-    if self.evaluate and (state.step % how.eval_steps == 0 or state.step == how.steps): entry |= self.evaluate(self.model)
+    due = state.step % how.eval_steps == 0 or state.step == how.steps
+    if self.evaluate and due: entry |= self.evaluate(self.model)
     self.write([entry])
     self.write([dict(step=state.step, prompt=g.row['prompt'], completion=t, scores=s, advantage=round(a, 4))
                 for g in groups for t,s,a in zip(g.texts, g.scores, g.gains.tolist())], 'rollouts.jsonl')
@@ -433,21 +460,29 @@ class Rehearsal:
     groups: list = field(default_factory=list, repr=False)
 
     def __repr__(self):
-        numbers = f'{self.truncated:.0%} cut off, {self.spread:.0%} of groups with spread, mean reward {self.reward:.3f}'
+        numbers = f'{self.truncated:.0%} cut off, {self.spread:.0%} of groups with spread, reward {self.reward:.3f}'
         return '\n'.join([numbers, *(self.findings or ['there is something to learn'])])
 
-def rehearse(model, tok, data, rewards, algorithm='grpo', engine=None, prompts=16, **options):
-    "Sample and score as `rl` would, without training: a `Rehearsal`"
+# %% ../nbs/43_rl.ipynb #b0fc0212
+def rehearse(model,            # as for `rl`
+             tok,              # its tokenizer
+             data,             # rows
+             rewards,          # reward functions
+             algorithm='grpo', # a key of `ALGORITHMS`
+             engine=None,      # that samples; the model itself by default
+             prompts=16,       # to ask
+             **options         # of `Choices`
+            ):                 # `Rehearsal`
+    "Sample and score as `rl` would, without training"
     how = choices(algorithm, **options | dict(prompts_per_step=prompts, minibatches=1, resample=0))
     functions,start = [rewards] if callable(rewards) else list(rewards),time.perf_counter()
     groups = collect(list(data), how, engine or HFEngine(model, tok), tok, functions, 0)
     took,found = time.perf_counter()-start,_summary(groups, functions, how)
     unscored = sum(all(x != x for x in s) for g in groups for s in g.scores)/len(groups)/how.group
-    says = []
-    if found['truncated'] > .5: says.append(
-        f"{found['truncated']:.0%} of the answers are cut off at max_new_tokens={how.max_new_tokens}: raise it")
-    if found['spread'] < .2: says.append(
-        f"only {found['spread']:.0%} of the groups have answers that differ in reward: easier or harder prompts, a larger "
-        'group, a higher temperature, or SFT first')
-    if unscored > .1: says.append(f'{unscored:.0%} of the answers are scored by no reward function')
+    says = [text for wrong,text in (
+        (found['truncated'] > .5,
+         f"{found['truncated']:.0%} of the answers are cut off at max_new_tokens={how.max_new_tokens}: raise it"),
+        (found['spread'] < .2, f"only {found['spread']:.0%} of the groups have answers that differ in reward: easier "
+         'or harder prompts, a larger group, a higher temperature, or SFT first'),
+        (unscored > .1, f'{unscored:.0%} of the answers are scored by no reward function')) if wrong]
     return Rehearsal(found['truncated'], found['spread'], found['reward'], unscored, round(took, 1), says, groups)

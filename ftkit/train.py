@@ -197,7 +197,8 @@ def _callbacks(path):
     return [Log, Bar, Guard]
 
 # %% ../nbs/40_train.ipynb #0e6616ef
-_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors|((log|samples|rollouts)\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
+_written = re.compile(r'checkpoint-\d+|bad_batch\.safetensors'
+                      r'|((log|samples|rollouts)\.jsonl|run\.json|adapter)(\.tmp|\.old)?')
 
 def run_files(path # folder of a run
              ):    # list of paths

@@ -5,7 +5,7 @@ from ftkit.answers import AnswerCollator, best_layout
 from ftkit.chat import set_template
 from ftkit.core import FtkitError
 from ftkit.logps import Head, head as find_head
-from ftkit.rl import ALGORITHMS, Group, _State, answer_losses, batches, choices, divisor, rehearse, rl, set_gains
+from ftkit.rl import ALGORITHMS, Group, answer_losses, batches, choices, divisor, rehearse, rl, set_gains
 from ftkit.rollout import HFEngine, Rollout
 from ftkit.tiny import tiny
 from ftkit.train import read_log
@@ -18,8 +18,8 @@ def start(kind='lora', seed=0):
     tok,model = tiny(seed=seed)
     set_template(tok)
     torch.manual_seed(0)
-    if kind == 'lora': model = get_peft_model(model, LoraConfig(task_type='CAUSAL_LM', r=4, target_modules='all-linear'))
-    return model, tok
+    config = LoraConfig(task_type='CAUSAL_LM', r=4, target_modules='all-linear')
+    return (get_peft_model(model, config) if kind == 'lora' else model), tok
 
 def fixed(seed=0):
     "Groups of random answers of unlike length, some cut off, with rewards; the second group has no spread"
@@ -82,7 +82,8 @@ def trls(tmp_path, **config):
 
 CASES = {
     'grpo': (dict(), {}), 'bnpo': (dict(), {}), 'dr_grpo': (dict(), dict(scale_rewards='none')),
-    'dapo': (dict(resample=0), dict(epsilon_high=.28)), 'cispo': (dict(), dict(epsilon_high=5.)), 'gspo': (dict(), dict(loss_type='grpo', importance_sampling_level='sequence')),
+    'dapo': (dict(resample=0), dict(epsilon_high=.28)), 'cispo': (dict(), dict(epsilon_high=5.)),
+    'gspo': (dict(), dict(loss_type='grpo', importance_sampling_level='sequence')),
     'batch scale': (dict(scale='batch'), dict(loss_type='grpo', scale_rewards='batch')),
     'no scale': (dict(scale='none'), dict(loss_type='grpo', scale_rewards='none')),
     'temperature': (dict(temperature=.7), dict(loss_type='grpo', temperature=.7)),
@@ -175,7 +176,8 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, algorithm):
     whole = rl(*start(), ROWS, vowels, algorithm, tmp_path/'whole', **options)
     here = str(os.path.dirname(__file__))
     child = subprocess.Popen([sys.executable, '-c', KILLED, str(tmp_path/'killed'), here, algorithm])
-    while not list((tmp_path/'killed').glob('checkpoint-*/trainer_state.json')) and child.poll() is None: time.sleep(.01)
+    saved = lambda: list((tmp_path/'killed').glob('checkpoint-*/trainer_state.json'))
+    while not saved() and child.poll() is None: time.sleep(.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert len(read_log(tmp_path/'killed')) < 12
