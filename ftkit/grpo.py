@@ -30,12 +30,19 @@ def _baseline(grouped, baseline):
     n = (~grouped.isnan()).sum(1, keepdim=True)
     return (grouped.nansum(1, keepdim=True) - grouped)/(n-1)
 
+# %% ../nbs/37_grpo.ipynb #7f7c147a
+def _level(grouped, baseline):
+    "Where all that is compared is the same: exactly, which a mean that is rounded is not"
+    low,high = grouped.nan_to_num(float('inf')).amin(1, True),grouped.nan_to_num(float('-inf')).amax(1, True)
+    if baseline == 'batch': low,high = low.min(),high.max()
+    return (low >= high) & (baseline != 'none')
+
 def _scaled(rewards, group, scale, baseline, eps):
-    grouped = rewards.view(-1, group)
-    found = grouped - _baseline(grouped, baseline)
+    grouped = rewards.double().view(-1, group)
+    found = (grouped - _baseline(grouped, baseline)).masked_fill(_level(grouped, baseline), 0.)
     if scale == 'group': found = found/(_nanstd(grouped, 1) + eps)
     if scale == 'batch': found = found/(_nanstd(grouped if baseline == 'group' else found) + eps)
-    return found.view(-1).nan_to_num(0., 0., 0.)
+    return found.view(-1).nan_to_num(0., 0., 0.).float()
 
 # %% ../nbs/37_grpo.ipynb #e07c710c
 BASELINES,SCALES = ('group', 'others', 'batch', 'none'),('group', 'batch', 'none')
@@ -46,8 +53,8 @@ def add_rewards(rewards,     # of each reward function, shape (n, k); NaN where 
                ):            # shape (n,), NaN where none applies
     "The weighted sum of what applies"
     import torch
-    rewards = torch.as_tensor(rewards, dtype=torch.float)
-    weights = torch.ones(rewards.shape[1]) if weights is None else torch.as_tensor(weights, dtype=torch.float)
+    rewards = torch.as_tensor(rewards, dtype=torch.double)
+    weights = torch.ones(rewards.shape[1]) if weights is None else torch.as_tensor(weights, dtype=torch.double)
     if len(weights) != rewards.shape[1]: raise FtkitError(f'{len(weights)} weights for {rewards.shape[1]} rewards')
     return (rewards*weights.to(rewards.device)).nansum(1).masked_fill(rewards.isnan().all(1), float('nan'))
 
@@ -61,7 +68,7 @@ def advantages(rewards,          # group after group, shape (n,), or (n, k) of s
               ):                 # shape (n,); 0 for an answer that was not scored
     "How much better than the others each answer is"
     import torch
-    rewards = torch.as_tensor(rewards, dtype=torch.float)
+    rewards = torch.as_tensor(rewards, dtype=torch.double)
     for name,value,known in (('scale', scale, SCALES), ('baseline', baseline, BASELINES),
                              ('aggregation', aggregation, AGGREGATIONS)):
         if value not in known: raise FtkitError(f"{name} '{value}' is unknown: use one of {', '.join(known)}")
@@ -140,6 +147,7 @@ def grpo_loss(logps,            # log-probability of each token, shape (n, lengt
               ref_logps=None,   # log-probability under the reference, shape (n, length), if there is a beta
               kl='k3',          # one of `KLS`
               weights=None,     # of tokens or answers, such as `sampler_weights`, shape (n, length) or (n, 1)
+              bonus=None,       # what each token earns besides, such as its entropy times a number, shape (n, length)
               max_completion_length=None # for 'dr_grpo'
              ):                 # shape (n,); their sum is divided by `loss_count`
     "Clipped policy loss of groups (Shao et al. 2024, eq. 3, and its successors)"
@@ -151,6 +159,7 @@ def grpo_loss(logps,            # log-probability of each token, shape (n, lengt
     losses = -_gain(ratio, gains, logps, loss_type, epsilon, high, delta)
     if weights is not None: losses = losses*weights
     if beta: losses = losses + beta*kl_penalty(logps, ref_logps, kl)
+    if bonus is not None: losses = losses - bonus
     return _average(losses, mask, loss_type, max_completion_length)
 
 # %% ../nbs/37_grpo.ipynb #70cf7b86

@@ -55,21 +55,24 @@ def solved(completions, # list of texts or conversations
     return [float(check(dict(family=f, answer=a), t)) for t,f,a in tasks]
 
 # %% ../nbs/41_rewards.ipynb #496c2524
-_frac = re.compile(r'\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}')
-_words = re.compile(r'\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{[^{}]*\}')
-_noise = re.compile(r'\\left|\\right|\\[!,;: ]|[$€£¥]|\\?%|[*`]|\^\{?\\circ\}?')
+_frac = re.compile(r'\\[dt]?frac\s*(?:\{([^{}]+)\}|([0-9]))\s*(?:\{([^{}]+)\}|([0-9]))')
+_words = re.compile(r'\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}')
+_power = re.compile(r'\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*([-+]?[0-9]{1,3})\s*\}?')
+_noise = re.compile(r'\\left|\\right|\\[!,;: ]|\\?[$€£¥%]|[*`]|\^\{?\\circ\}?')
 _digits = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)'
 _number = re.compile(rf"""
-    (?P<sign>(?:(?<![\w.)])[-+])?)
-    (?: (?P<whole>{_digits})[ ]+(?P<top>[0-9]+)/(?P<bottom>[0-9]+)     # 1 1/2
+    (?<![0-9^_])(?<![\^_]\{{) (?P<sign>(?:(?<![\w.)])[-+])?)           # no exponents and indices
+    (?: (?P<whole>{_digits})[ ]+(?P<top>[0-9]+)/(?P<bottom>[0-9]+)        # 1 1/2
       | (?P<plain>{_digits}(?:\.[0-9]+)?|\.[0-9]+)                     # 1,600.50
         (?:[eE](?P<power>[-+]?[0-9]{{1,3}}))?                          # e3
-        (?:[ ]*[/⁄][ ]*(?P<below>[0-9]+(?:\.[0-9]+)?))? )              # /2
+        (?:[ ]*[/⁄][ ]*(?P<below>[-+]?[0-9]+(?:\.[0-9]+)?))? )         # /2
     """, re.X)
 
 def _clean(text):
-    text = text.replace('−', '-').replace('{,}', ',')
-    return _noise.sub('', _words.sub(' ', _frac.sub(r'\1/\2', text)))
+    text = _power.sub(r'e\1', text.replace('−', '-').replace('{,}', ','))
+    text = _frac.sub(lambda m: f' {m[1] or m[2]}/{m[3] or m[4]}', text)
+    text = _noise.sub('', _words.sub(lambda m: f' {m[1]} ' if any(c.isdigit() for c in m[1]) else ' ', text))
+    return re.sub(r'^(\s*[-+])\s+(?=[0-9.])', r'\1', text)
 
 def _value(sign, whole, top, bottom, plain, power, below):
     "The number of a match, or None for a division by zero, or one of more digits than anybody means"
@@ -86,9 +89,9 @@ def numbers(text # anything
     return [v for m in _number.finditer(_clean(text)) if (v := _value(**m.groupdict())) is not None]
 
 # %% ../nbs/41_rewards.ipynb #340211c1
-_marks = [re.compile(p, f) for p,f in (
-    (r'####[ \t]*(?=(.+))', 0), (r'<answer>(.*?)</answer>', re.S), (r'^[ \t]*A:[ \t]*(?=(.+))', re.M),
-    (r'\banswer\b[ \t*]*(?:is\b|:|=)[ \t*:]*(?=(.+))', re.I))]
+_strong = [re.compile(p, f) for p,f in (
+    (r'####[ \t]*(?=(.+))', 0), (r'<answer>(.*?)</answer>', re.S), (r'^[ \t]*A:[ \t]*(?=(.+))', re.M))]
+_phrase = re.compile(r'\banswer\b[ \t*]*(?:is\b|:|=)[\s*:$]*(?=(.+))', re.I)
 
 # %% ../nbs/41_rewards.ipynb #3a90e50c
 def _boxes(text):
@@ -100,19 +103,30 @@ def _boxes(text):
             end += 1
         if not depth: yield m.start(), text[m.end():end-1]
 
+def _marked(text):
+    "What is marked as the answer, weakest first: the phrase, then what is only written to mark one; each in order"
+    boxes = [*_boxes(text), *((m.start(1), m[1]) for mark in _strong for m in mark.finditer(text))]
+    return [m[1].strip() for m in _phrase.finditer(text)] + [said.strip() for _,said in sorted(boxes)]
+
 def final_answer(text # of a completion
                 ):    # text, or None if nothing is marked
     "What a text marks as its answer, the last time it does"
-    found = [*_boxes(text), *((m.start(1), m[1]) for mark in _marks for m in mark.finditer(text))]
-    return max(found)[1].strip() if found else None
+    found = _marked(text)
+    return found[-1] if found else None
 
 # %% ../nbs/41_rewards.ipynb #b5655b26
+def _number_in(answer):
+    "The number an answer is, or None: a root or a constant is none"
+    if re.search(r'\\(?:sqrt|pi|log|ln|sin|cos|tan|infty)', answer): return None
+    after = numbers(answer.rsplit('=', 1)[-1])
+    return (after if len(after) == 1 else numbers(answer) or [None])[0]
+
 def _final_number(text, marked):
-    "The number a text ends with"
-    answer = final_answer(text)
-    if answer is None: return None if marked else (numbers(text) or [None])[-1]
-    answer = answer.rsplit('=', 1)[-1] if numbers(answer.rsplit('=', 1)[-1]) else answer
-    return (numbers(answer) or [None])[0]
+    "The number a text ends with: of its last mark that holds one"
+    answers = _marked(text)
+    found = next((a for a in reversed(answers) if numbers(a)), None)
+    if found is not None: return _number_in(found)
+    return None if marked or answers else (numbers(text) or [None])[-1]
 
 def numeric(completions, # list of texts or conversations
             answer,      # the right ones: numbers, or texts that end with one, as in GSM8K
@@ -148,10 +162,14 @@ class _Maths:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         begin = lambda: subprocess.Popen([sys.executable, '-c', _MATHS], text=True, **pipes)
         if self.process is None or self.process.poll() is not None: self.process = begin()
-        self.process.stdin.write(json.dumps([gold, said])+'\n')
-        self.process.stdin.flush()
-        heard = select.select([self.process.stdout], [], [], seconds)[0]
-        if heard and (line := self.process.stdout.readline()): return json.loads(line)
+        try:
+            self.process.stdin.write(json.dumps([gold, said])+'\n')
+            self.process.stdin.flush()
+            heard = select.select([self.process.stdout], [], [], seconds)[0]
+            if heard and (line := self.process.stdout.readline()): return json.loads(line)
+        except BaseException: # what it says after an interrupt would be taken for the answer to the next question
+            self.process.kill()
+            raise
         self.process.kill()
         self.process.wait()
         return False
@@ -255,23 +273,27 @@ def repetition(n=3,         # tokens or words in a row
     return lambda completions, completion_ids=None, **_: [cost(p) for p in _pieces(completions, completion_ids)]
 
 # %% ../nbs/41_rewards.ipynb #cb5ffe93
-_block = re.compile(r'```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)', re.S | re.I)
+_block = re.compile(r'```([^\n`]*)\n(.*?)(?:\n?```|\Z)', re.S)
 
 def code_of(text # of a completion
            ):    # text
-    "Its last code block, or all of it"
-    blocks = _block.findall(text)
-    return blocks[-1] if blocks else text
+    "Its last block of Python, or else its last block that does not say what it is, or else all of it"
+    blocks = [(name.strip().lower(), code) for name,code in _block.findall(text)]
+    for known in (('python', 'py', 'python3'), ('',)):
+        if some := [code for name,code in blocks if name in known]: return some[-1]
+    return text
 
 def code_runs(seconds=5,     # for each answer
               memory=2**29,  # bytes
               workers=4,     # answers tried at once
               **options      # of `run_code`
-             ):              # reward function of a column `tests`: Python that fails where the answer is wrong
-    "1 for code that passes the tests of its row"
+             ):              # reward function
+    "1 for code that passes the `tests` of its row, Python or a list of it; None where there are none"
     def passes(text, tests):
+        if isinstance(tests, (list, tuple)): tests = '\n'.join(tests)
+        if not (tests or '').strip(): return None
         word = secrets.token_hex(8)
-        done = run_code(f'{code_of(text)}\n{tests}\nprint("\\n{word}")', seconds, memory, **options)
+        done = run_code(code_of(text), tests, word, seconds, memory, **options)
         return float(done.ok and done.output.rstrip('\n').endswith(f'\n{word}'))
     def reward(completions, tests, **_):
         with ThreadPoolExecutor(workers) as pool: return [*pool.map(passes, texts(completions), tests)]
@@ -348,7 +370,7 @@ def _called(function, seconds, prompts, completions, columns):
     box = {}
     def run():
         try: box['found'] = function(prompts=prompts, completions=completions, **columns)
-        except BaseException as e: box['error'] = e
+        except Exception as e: box['error'] = e
     if seconds is None: run()
     else:
         thread = Thread(target=run, daemon=True)
@@ -363,11 +385,12 @@ def _numbers(function, found, n):
     "Its values as floats, NaN for None"
     name = name_of(function)
     try: found = list(found)
-    except TypeError: raise FtkitError(f'reward {name} gave {type(found).__name__} instead of a list') from None
+    except (TypeError, ValueError): raise FtkitError(
+        f'reward {name} gave {type(found).__name__} instead of a list') from None
     if len(found) != n: raise FtkitError(f'reward {name} gave {len(found)} values for {n} answers')
     for i,x in enumerate(found):
         try: ok = x is None or math.isfinite(x)
-        except TypeError: ok = False
+        except (TypeError, ValueError, RuntimeError, OverflowError): ok = False
         if not ok: raise FtkitError(f'reward {name} gave {x!r} for answer {i}: a finite number, or None for not scored')
     return [math.nan if x is None else float(x) for x in found]
 

@@ -101,7 +101,9 @@ class HFEngine:
                  tok,          # its tokenizer, whose template says where answers end
                  batch_size=64 # answers written at once
                 ):
-        self.model,self.batch_size,self.stops,self.pad = model,batch_size,stop_ids(tok),tok.pad_token_id
+        self.model,self.batch_size,self.stops = model,batch_size,stop_ids(tok)
+        if not self.stops: raise FtkitError('this tokenizer has no token that ends an answer')
+        self.pad = self.stops[0] if tok.pad_token_id is None else tok.pad_token_id
 
     def sync(self, step):
         "Nothing: it has the weights"
@@ -124,6 +126,11 @@ class HFEngine:
         return [found[i] for i in range(len(prompts))]
 
 # %% ../nbs/42_rollout.ipynb #48737f75
+def _positions(engine):
+    "How many tokens its model can place"
+    config = getattr(getattr(engine, 'model', None), 'config', None)
+    return getattr(config and config.get_text_config(), 'max_position_embeddings', None) or float('inf')
+
 def sample(engine,             # has `sample`, such as `HFEngine`
            tok,                # its tokenizer
            prompts,            # list of ids, texts or conversations
@@ -142,7 +149,11 @@ def sample(engine,             # has `sample`, such as `HFEngine`
     def ids(p):
         if p and isinstance(p, (list, tuple)) and isinstance(p[0], int): return list(p)
         return list(prompt_ids(tok, [dict(role='user', content=p)] if isinstance(p, str) else p))
-    found = engine.sample([ids(p) for p in prompts], n, max_new_tokens, temperature, top_p, top_k, seed)
+    asked = [ids(p) for p in prompts]
+    most = _positions(engine)
+    if (long := max(map(len, asked))) + max_new_tokens > most: raise FtkitError(
+        f'a prompt of {long} tokens and max_new_tokens={max_new_tokens} are more than the {most} the model can place')
+    found = engine.sample(asked, n, max_new_tokens, temperature, top_p, top_k, seed)
     if [len(g) for g in found] != [n]*len(prompts): raise FtkitError(
         f'{type(engine).__name__} gave {sum(map(len, found))} answers to {len(prompts)} prompts, not {n} to each')
     return found

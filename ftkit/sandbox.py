@@ -13,6 +13,7 @@ __all__ = ['Outcome', 'run_code', 'protection']
 
 # %% ../nbs/09_sandbox.ipynb #a585c907
 import json, os, subprocess, sys, sysconfig, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from .core import FtkitError
 
@@ -42,14 +43,19 @@ def landlock(folders):
     libc.prctl(38, 1, 0, 0, 0) # no new privileges
     return libc.syscall(446, rules, 0) == 0
 
-# architecture, clone, clone3, and what is refused: fork vfork execve execveat | kill tkill tgkill pidfd_send_signal |
-# ptrace process_vm_readv process_vm_writev pidfd_getfd | socket connect bind | mount umount unshare setns bpf |
-# io_uring | perf_event_open add_key request_key keyctl | setrlimit prlimit setsid setpgid
+# architecture, clone, clone3, and what is refused: fork vfork execve execveat | kill tkill tgkill pidfd_send_signal
+# rt_sigqueueinfo rt_tgsigqueueinfo | ptrace process_vm_readv process_vm_writev pidfd_getfd | socket connect bind |
+# mount umount unshare setns bpf | io_uring | perf_event_open add_key request_key keyctl | setrlimit prlimit setsid
+# setpgid | chmod fchmod fchmodat fchmodat2 | chown fchown lchown fchownat | utime utimes futimesat utimensat |
+# setxattr and removexattr | truncate | setpriority and sched_set* ioprio_set | shmget shmat semget msgget mq_open
 CALLS = dict(
-    x86_64=(0xc000003e, 56, 435, [57, 58, 59, 322, 62, 200, 234, 424, 101, 310, 311, 438, 41, 42, 49,
-        165, 166, 272, 308, 321, 425, 426, 427, 298, 248, 249, 250, 160, 302, 112, 109]),
-    aarch64=(0xc00000b7, 220, 435, [221, 281, 129, 130, 131, 424, 117, 270, 271, 438, 198, 203, 200,
-        40, 39, 97, 268, 280, 425, 426, 427, 241, 217, 218, 219, 164, 261, 157, 154]))
+    x86_64=(0xc000003e, 56, 435, [57, 58, 59, 322, 62, 200, 234, 424, 129, 297, 101, 310, 311, 438, 41, 42, 49,
+        165, 166, 272, 308, 321, 425, 426, 427, 298, 248, 249, 250, 160, 302, 112, 109, 90, 91, 268, 452, 92, 93, 94,
+        260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 463, 466, 76, 141, 142, 144, 203, 314, 251,
+        29, 30, 64, 68, 240]),
+    aarch64=(0xc00000b7, 220, 435, [221, 281, 129, 130, 131, 424, 138, 240, 117, 270, 271, 438, 198, 203, 200,
+        40, 39, 97, 268, 280, 425, 426, 427, 241, 217, 218, 219, 164, 261, 157, 154, 52, 53, 452, 54, 55, 88,
+        5, 6, 7, 14, 15, 16, 463, 466, 45, 140, 118, 119, 122, 274, 30, 194, 196, 190, 186, 180]))
 
 def seccomp():
     "System calls that are refused; threads may be made, processes not"
@@ -70,10 +76,15 @@ held = dict(landlock=landlock(asked['folders']), seccomp=seccomp()) if sys.platf
 if asked['look']: sys.exit(print(json.dumps(held)))
 if not (asked['unprotected'] or held and all(held.values())): sys.exit(99)
 import linecache
-program,name = sys.stdin.read(), '<program>'
-sys.stdin,sys.argv = open(os.devnull), [name]
-linecache.cache[name] = len(program), None, program.splitlines(True), name # for tracebacks
-exec(compile(program, name, 'exec'), {'__name__': '__main__', '__builtins__': __builtins__})
+def run(program, then, word, name='<program>', space={'__name__': '__main__', '__builtins__': __builtins__}):
+    linecache.cache[name] = len(program), None, program.splitlines(True), name # for tracebacks
+    exec(compile(program, name, 'exec'), space)
+    if then is None: return
+    exec(compile(then, '<tests>', 'exec'), space)
+    print('\n' + word)
+parts = json.loads(sys.stdin.read())
+sys.stdin,sys.argv = open(os.devnull), ['<program>']
+run(*parts)
 '''
 
 # %% ../nbs/09_sandbox.ipynb #37a43353
@@ -105,6 +116,13 @@ def _why(code, error):
     return last if last.isidentifier() else f'exit {code}'
 
 # %% ../nbs/09_sandbox.ipynb #367365fb
+@contextmanager
+def _folder():
+    "An empty folder, which is removed whatever has been made of it"
+    folder = tempfile.mkdtemp()
+    try: yield folder
+    finally: subprocess.run(['rm', '-rf', folder], stderr=subprocess.DEVNULL) # shutil gives up in a deep tree
+
 def _command(folder, seconds=1, memory=2**29, output=2**16, look=False, unprotected=False):
     limits = dict(CPU=int(seconds)+1, AS=memory, FSIZE=output, CORE=0, NOFILE=64)
     asked = dict(limits=limits, folders=[*_reads(), [str(folder), True]], look=look, unprotected=unprotected)
@@ -121,6 +139,8 @@ def _waited(process, seconds):
 
 # %% ../nbs/09_sandbox.ipynb #f48b57da
 def run_code(program,          # Python
+             then=None,        # Python that is run after it and sees what it has defined, such as tests
+             word='',          # printed when both have come to their end
              seconds=5,        # of processor and of clock
              memory=2**29,     # bytes of address space
              output=2**16,     # bytes it may print, and write into one file
@@ -128,17 +148,18 @@ def run_code(program,          # Python
             ):                 # `Outcome`
     "Run a program that may do nothing but compute; raises `FtkitError` where that cannot be made sure"
     if os.name != 'posix': raise FtkitError('programs are run on Linux and macOS only')
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with _folder() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         command = _command(folder, seconds, memory, output, unprotected=unprotected)
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=folder, env={},
                                    start_new_session=True)
-        try: process.stdin.write(program.encode(errors='replace')), process.stdin.close()
+        try: process.stdin.write(json.dumps([program, then, word]).encode()), process.stdin.close()
         except BrokenPipeError: pass
         code = _waited(process, seconds+1)
         out.seek(0)
         printed,error = out.read(output).decode(errors='replace'),_end(err, 4000)
-    if code == 99 and not error: raise FtkitError(
-        f'this machine cannot hold a program: {protection()}; run in a container of its own with unprotected=True')
+    held = protection() if code == 99 and not error else dict(all=True)
+    if not (held and all(held.values())): raise FtkitError(
+        f'this machine cannot hold a program: {held}; run in a container of its own with unprotected=True')
     if code == 0: return Outcome(True, printed, error)
     return Outcome(False, printed, error, 'timeout' if code is None else _why(code, error))
 

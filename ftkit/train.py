@@ -406,7 +406,7 @@ def _ended(trainer, earlier, settings):
     before,folder = earlier.get('options', {}),Path(trainer.args.output_dir)/'adapter'
     same = all(before.get(k) == settings.get(k) for k in ('max_steps', 'num_train_epochs'))
     if not (earlier.get('finished') and same and folder.is_dir()): return False
-    print(f'{trainer.args.output_dir} holds the finished run')
+    print(f'{folder.parent.name} holds the finished run: it is left as it is')
     trainer._load_from_checkpoint(str(folder))
     return True
 

@@ -94,6 +94,34 @@ def test_code_in_many_threads():
     said = [good if i%3 else bad for i in range(24)]
     assert R.code_runs(workers=8)(said, [tests]*24) == [float(i%3 > 0) for i in range(24)]
 
+def test_tests_that_are_a_list_or_none():
+    good = 'def f(x): return x*x'
+    assert R.code_runs()([good]*5, [['assert f(3) == 9', 'assert f(0) == 0'], ['assert f(3) == 8'], None, '', []]) == [
+        1., 0., None, None, None]
+
+FENCED = ('```python3\n{}\n```\nIt squares.', '```bash\nls\n```\n```python\n{}\n```\nOutput:\n```\n9\n```',
+          'So:\n```\n{}\n```', '```py\n{}```', '{}')
+
+@pytest.mark.parametrize('said', FENCED)
+def test_code_is_found(said):
+    assert R.code_runs()([said.format('def f(x): return x*x')], ['assert f(3) == 9']) == [1.]
+
+PEEKS = ['import sys, os; print(next(c for c in sys._getframe().f_code.co_consts if isinstance(c, str))); os._exit(0)',
+         'def f(x):\n    import inspect\n    return eval(inspect.stack()[1].code_context[0].split("==")[1])']
+
+@pytest.mark.parametrize('said', PEEKS)
+def test_code_that_looks_for_the_answer_does_not_find_it(said):
+    assert R.code_runs()([said], ['assert f(3) == 9']) == [0.]
+
+def test_an_interrupt_does_not_shift_the_answers(monkeypatch):
+    pytest.importorskip('math_verify')
+    assert R.math_equal(['1'], ['1']) == [1.]
+    def interrupted(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(R.select, 'select', interrupted)
+        with pytest.raises(KeyboardInterrupt): R.math_equal(['1'], ['1'])
+    assert R.math_equal(['\\boxed{2}', '\\boxed{1}'], ['1', '1']) == [0., 1.]
+
 CHEATS = ['import os; os._exit(0)', 'import sys; sys.exit(0)', 'raise SystemExit', 'def f(x): exit(0)',
           'import atexit; atexit.register(lambda: print("ok"))', 'print("passed"); quit()',
           'def f(x): while True: pass', '```python\n', '']

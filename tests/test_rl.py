@@ -122,7 +122,7 @@ def test_groups_without_spread_cost_nothing():
 # the loop
 
 ROWS = [dict(prompt=f'{a} and {b}?', answer=str(a)) for a in range(9) for b in range(9)]
-def vowels(completions, **_): return [sum(t in 'aeiou' for t in c[-1]['content'])/10 for c in completions]
+def vowels(completions, **_): return [sum(t in 'aeiou' for t in c)/10 for c in completions] # texts, as the prompts are
 def flat(completions, **_): return [1.]*len(completions)
 QUICK = dict(steps=4, prompts_per_step=4, group=4, max_new_tokens=6, learning_rate=1e-2, save_steps=2, eval_steps=2)
 
@@ -157,7 +157,7 @@ def test_dynamic_sampling_replaces_groups_within_a_bound(tmp_path):
     calls = []
     def rare(completions, answer, **_):
         calls.append(len(completions))
-        return [len(c[-1]['content'])/10 if a == '3' else 1. for c,a in zip(completions, answer)]
+        return [len(c)/10 if a == '3' else 1. for c,a in zip(completions, answer)]
     with_,without = (rl(*start(), ROWS, rare, 'grpo', tmp_path/str(n), resample=n, **QUICK) for n in (3, 0))
     mean = lambda run: sum(e['spread'] for e in run.log)/4
     assert mean(with_) > mean(without) and max(calls) == 16 and len(calls) <= 4*4 + 4
@@ -191,7 +191,7 @@ def test_another_run_is_not_resumed(tmp_path):
     rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', **QUICK)
     with pytest.raises(FtkitError, match='already holds'): rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', **QUICK)
     more = dict(resume=True, **QUICK | dict(steps=9))
-    with pytest.raises(FtkitError, match='another options'):
+    with pytest.raises(FtkitError, match='another options.group: 4, not 8'):
         rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', **more | dict(group=8))
     model,tok = start()
     with torch.no_grad(): next(p for p in model.parameters() if p.requires_grad).add_(1)
@@ -212,7 +212,7 @@ def test_a_reward_that_fails_is_named(tmp_path, kind, says):
 
 def test_answers_that_cannot_be_scored_teach_nothing(tmp_path):
     def one(n): return None if n % 2 else float(n)
-    def some(completions, **_): return [one(len(c[-1]['content'])) for c in completions]
+    def some(completions, **_): return [one(len(c)) for c in completions]
     run = rl(*start(), ROWS, some, 'grpo', tmp_path/'run', **QUICK)
     lines = [json.loads(l) for l in (run.path/'rollouts.jsonl').read_text().splitlines()]
     unscored = [l for l in lines if l['scores'][0] != l['scores'][0]]
@@ -235,10 +235,14 @@ def test_an_engine_that_dies_leaves_a_run_to_resume(tmp_path):
 
 @pytest.mark.parametrize('options,says', [(dict(group=1), 'alone is no better'), (dict(temperature=0.), 'must differ'),
     (dict(steps=0), 'at least 1'), (dict(nonsense=1), 'rl knows'), (dict(loss_type='x'), 'loss_type'),
-    (dict(optim='adamw_nothing'), 'adamw_nothing')])
+    (dict(optim='adamw_nothing'), 'adamw_nothing'), (dict(precision='bfloat16'), "precision 'bfloat16' is unknown"),
+    (dict(eval_steps=0), 'eval_steps=0'), (dict(top_entropy=2.), 'top_entropy=2'),
+    (dict(weights=[1., 2.]), '2 weights'), (dict(engine=object()), 'is no engine'),
+    (dict(max_new_tokens=10**6), 'more than the')])
 def test_what_cannot_work_is_refused(tmp_path, options, says):
-    with pytest.raises((FtkitError, ValueError), match=says):
+    with pytest.raises(FtkitError, match=says):
         rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', **QUICK | options)
+    assert not (tmp_path/'run').exists()
 
 def test_a_rehearsal_sees_what_stands_in_the_way():
     model,tok = start()
@@ -246,3 +250,84 @@ def test_a_rehearsal_sees_what_stands_in_the_way():
     assert dull.truncated > .5 and 'max_new_tokens=4' in str(dull) and 'of the groups' in str(dull)
     def unread(completions, **_): return [None]*len(completions)
     assert 'no reward function' in str(rehearse(model, tok, ROWS, unread, prompts=4, max_new_tokens=4))
+
+@pytest.mark.parametrize('worth', [.1, .3, .7, .9])
+def test_nor_does_it_move_where_the_mean_is_rounded(tmp_path, worth):
+    model,tok = start()
+    before = {n: p.clone() for n,p in model.named_parameters()}
+    def equal(completions, **_): return [worth]*len(completions)
+    rl(model, tok, ROWS, equal, 'grpo', tmp_path/'run', **QUICK | dict(group=8))
+    assert all(torch.equal(p, before[n]) for n,p in model.named_parameters())
+
+def test_a_line_cut_off_by_a_kill_is_no_hindrance(tmp_path):
+    options = QUICK | dict(steps=4)
+    whole = rl(*start(), ROWS, vowels, 'grpo', tmp_path/'whole', **options)
+    rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', **options | dict(steps=2))
+    for name in ('log.jsonl', 'rollouts.jsonl'):
+        with (tmp_path/'run'/name).open('a') as f: f.write('{"step": 3, "prom')
+    again = rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', resume=True, **options)
+    assert [e['reward'] for e in again.log] == [e['reward'] for e in whole.log]
+
+def test_dropout_is_the_same_after_a_kill(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    def dropped():
+        model,tok = start('full')
+        torch.manual_seed(5)
+        return get_peft_model(model, LoraConfig(target_modules='all-linear', r=4, lora_dropout=.3)), tok
+    state = torch.get_rng_state()
+    whole = rl(*dropped(), ROWS, vowels, 'grpo', tmp_path/'whole', **QUICK)
+    rl(*dropped(), ROWS, vowels, 'grpo', tmp_path/'run', **QUICK | dict(steps=2))
+    torch.rand(100)
+    again = rl(*dropped(), ROWS, vowels, 'grpo', tmp_path/'run', resume=True, **QUICK)
+    assert [e['grad_norm'] for e in again.log] == [e['grad_norm'] for e in whole.log] and state is not None
+
+@pytest.mark.parametrize('changed', ['data', 'rewards'])
+def test_other_data_or_rewards_are_not_resumed(tmp_path, changed):
+    def vowels2(completions, **_): return vowels(completions)
+    rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', **QUICK)
+    data,reward = (ROWS[:40], vowels) if changed == 'data' else (ROWS, vowels2)
+    more = QUICK | dict(steps=6, save_steps=1, eval_steps=3)
+    with pytest.raises(FtkitError, match=f'another {changed}'):
+        rl(*start(), data, reward, 'grpo', tmp_path/'run', resume=True, **more)
+    assert len(rl(*start(), ROWS, vowels, 'grpo', tmp_path/'run', resume=True, **more).log) == 6
+
+@pytest.mark.parametrize('kind', ['full', 'trained'])
+@pytest.mark.parametrize('algorithm', ['grpo', 'rloo'])
+def test_the_reference_is_where_the_policy_began(tmp_path, kind, algorithm):
+    "Of a whole model, and of an adapter that has been trained before: no distance in the first step, one in the last"
+    model,tok = start('full' if kind == 'full' else 'lora')
+    if kind == 'trained':
+        with torch.no_grad():
+            for n,p in model.named_parameters():
+                if 'lora_B' in n: p.normal_(std=.1)
+    run = rl(model, tok, ROWS, vowels, algorithm, tmp_path/'run', beta=.1, **QUICK)
+    if algorithm == 'grpo': assert abs(run.log[0]['kl']) < 1e-6 < run.log[-1]['kl']
+    else: assert run.log[0]['grad_norm'] > 0
+
+def test_no_limit_of_the_gradient(tmp_path):
+    free,tight = (rl(*start(), ROWS, vowels, 'grpo', tmp_path/str(n), max_grad_norm=n, **QUICK | dict(optim='sgd'))
+                  for n in (0., 1e9))
+    assert [e['grad_norm'] for e in free.log] == [e['grad_norm'] for e in tight.log]
+
+def test_rows_that_do_not_fit_together_are_refused(tmp_path):
+    odd = [*ROWS, dict(prompt='?')]
+    for data,says in (([], 'no rows'), ([dict(question='?')], 'row 1 has no prompt'), (dict(train=ROWS), 'have parts'),
+                      ([dict(prompt='')], 'row 1 has no prompt'), (odd, 'row 82 and row 1 differ in columns: answer')):
+        with pytest.raises(FtkitError, match=says): rl(*start(), data, vowels, 'grpo', tmp_path/'run', **QUICK)
+        with pytest.raises(FtkitError, match=says): rehearse(*start(), data, vowels)
+
+def test_two_rewards_of_one_name_and_numbers_of_any_kind(tmp_path):
+    import numpy as np
+    def a(completions, **_): return torch.tensor([float(len(c)) for c in completions])
+    def b(completions, **_): return np.array([len(c) > 3 for c in completions])
+    b.__name__ = 'a'
+    evaluate = lambda m: dict(eval_a=torch.tensor(1.5), eval_b=np.float32(2.5))
+    run = rl(*start(), ROWS, [a, b], 'grpo', tmp_path/'run', evaluate=evaluate, weights=[.1, 1.], **QUICK)
+    assert {'rewards/a 1', 'rewards/a 2'} <= {*run.log[1]} and run.log[0]['eval_a'] == 1.5
+
+@pytest.mark.parametrize('precision', ['bf16'])
+@pytest.mark.parametrize('more', [{}, dict(beta=.1), dict(epochs=2)], ids=str)
+def test_half_the_bits(tmp_path, precision, more):
+    model,tok = start()
+    run = rl(model, tok, ROWS, vowels, 'grpo', tmp_path/'run', precision=precision, **QUICK | more)
+    assert all(e['grad_norm'] > 0 for e in run.log) and abs(run.log[0]['ratio']-1) < .02

@@ -21,14 +21,20 @@ FORBIDDEN = {
     'passwords': 'print("got", open("/etc/passwd").read())', 'proc': 'print("got", open("/proc/self/environ").read())',
     'shared memory': 'open("/dev/shm/ftkit_was_here", "w")', 'temp': 'open("/tmp/ftkit_was_here", "w")',
     'link': 'import os; os.symlink("/etc/passwd", "p"); print("got", open("p").read())',
+    'rights': 'import os; os.chmod("/tmp", 0o777)', 'times': 'import os; os.utime("/tmp", (0, 0))',
+    'owner': 'import os; os.chown("/tmp", 0, 0)', 'priority': 'import os; os.setpriority(0, os.getppid(), 19)',
+    'signal': SYSCALL + 'print("child", libc.syscall(129, 1, 0, 0))',
+    'memory that stays': SYSCALL + 'print("child", libc.shmget(1234, 4096, 0o1600))',
     'up': 'print("got", open("../../etc/passwd").read())', 'remove': 'import os; os.remove("/tmp")'}
+
+COUNTED = 'system', 'fork by number', 'vfork', 'clone3', 'x32 fork', 'ptrace', 'signal', 'memory that stays' # print -1
 
 @pytest.mark.parametrize('name', FORBIDDEN)
 def test_is_refused(name):
     done = run_code(FORBIDDEN[name], seconds=2)
     got = [line for line in done.output.splitlines() if 'got' in line or 'out' in line
            or 'child' in line and not line.endswith('-1')]
-    assert not got and (not done.ok or name in ('system', 'fork by number', 'vfork', 'clone3', 'x32 fork', 'ptrace'))
+    assert not got and (not done.ok or name in COUNTED)
     assert not os.path.exists('/dev/shm/ftkit_was_here') and not os.path.exists('/tmp/ftkit_was_here')
 
 THREADS = 'import threading\ndef f():\n    while True: pass\nfor _ in range(4): threading.Thread(target=f).start()'
@@ -68,7 +74,7 @@ def parent(pid):
 
 def test_what_honest_programs_print():
     assert run_code('print("é ٣ 漢")').output == 'é ٣ 漢\n'
-    assert run_code('\udcff').why == 'SyntaxError'
+    assert not run_code('\udcff').ok and run_code('def').why == 'SyntaxError'
     done = run_code('import asyncio, dataclasses, decimal, itertools, re, statistics, tempfile, typing\n'
                     'async def f(): return 7\nprint(asyncio.run(f()))')
     assert done.ok and done.output == '7\n', done
@@ -84,3 +90,16 @@ def test_a_machine_that_cannot_hold_it_runs_nothing(monkeypatch, missing):
     spies = dict(landlock='print("got", len(open("/etc/passwd").read()))',
                  seccomp='import socket; socket.socket(); print("got")')
     assert 'got' in run_code(spies[missing], unprotected=True).output
+
+def test_no_program_ends_the_run_that_called_it():
+    "An exit code of ours, a folder too deep to remove"
+    temp = set(os.listdir('/tmp'))
+    assert run_code('import os; os._exit(99)').why == 'exit 99'
+    assert run_code('import os\nfor _ in range(1500): os.mkdir("d"); os.chdir("d")').ok
+    assert not set(os.listdir('/tmp')) - temp
+
+def test_what_is_run_after_a_program():
+    done = run_code('x = 3', 'assert x == 3', 'word')
+    assert done.ok and done.output == '\nword\n'
+    assert run_code('x = 4', 'assert x == 3', 'word').why == 'AssertionError'
+    assert 'word' not in run_code('import os; os._exit(0)', 'pass', 'word').output
