@@ -2,7 +2,7 @@
 
 Pure functions from data to HTML or a matplotlib figure: `show_tokens` colours the tokens that are trained,
 `template_diff` sets two templates side by side, `length_histogram` counts, `loss_curve` and `preference_curves`
-draw a run, `calibration_plot` a reward model, `before_after` sets two scores side by side, `sample_table` the answers
+draw a run, `rl_curves` one of reinforcement learning, `rollout_table` its answers, `calibration_plot` a reward model, `before_after` sets two scores side by side, `sample_table` the answers
 of several steps, `transcript` prints a chat.
 
 Docs: https://ftkit.github.io/ftkit/show.html.md"""
@@ -11,7 +11,8 @@ Docs: https://ftkit.github.io/ftkit/show.html.md"""
 
 # %% auto #0
 __all__ = ['View', 'show_tokens', 'template_diff', 'length_histogram', 'lora_picture', 'nf4_picture', 'loss_curve',
-           'preference_curves', 'calibration_plot', 'table', 'before_after', 'answers', 'sample_table', 'transcript']
+           'preference_curves', 'rl_curves', 'calibration_plot', 'table', 'before_after', 'answers', 'sample_table',
+           'rollout_table', 'transcript']
 
 # %% ../nbs/70_show.ipynb #2292d783
 from difflib import SequenceMatcher
@@ -262,6 +263,26 @@ def preference_curves(log,        # of a `Run` on pairs or labelled answers, or 
     if len(said) > 1: ax.figure.legend(lines, said, loc='outside lower center', ncol=2, frameon=False)
     return ax.figure
 
+# %% ../nbs/70_show.ipynb #d9e675b2
+_RL = dict(reward='reward', spread='groups with spread', entropy='entropy a token', length='tokens an answer',
+           truncated='cut off')
+
+def rl_curves(log,         # of a `Run` of `rl`, or from `read_log`
+              half_life=5  # of the running mean, in steps
+             ):            # matplotlib figure
+    "Reward, spread, entropy and length by step; circles are what `evaluate` has found"
+    names = [n for n in _RL if any(n in e for e in log)]
+    if not names: raise FtkitError('no reward in this log: is it of a run of rl?')
+    axes = _figure(len(names), (2.1*len(names), 1.8))
+    held = [(e['step'], v) for e in log for k,v in e.items() if k.startswith('eval_')]
+    for ax,name in zip([axes] if len(names) == 1 else axes, names):
+        _line(ax, log, name, half_life)
+        if name == 'reward' and held: ax.plot(*zip(*held), 'o', color='#d97706', mfc='white')
+        ax.set(xlabel='step')
+        ax.set_title(_RL[name], fontsize=10)
+        ax.spines[['top', 'right']].set_visible(False)
+    return ax.figure
+
 # %% ../nbs/70_show.ipynb #7ddcc0da
 def calibration_plot(found, # from `ftkit.reward.calibration`
                      ax=None # matplotlib axes to draw on
@@ -326,6 +347,27 @@ def sample_table(found # from `read_samples`
     for s in found: by_step.setdefault(s['step'], {})[text(s['prompt'])] = _short(s['answer'])
     return table(('step', *map(_short, prompts)), [(n, *map(row.get, prompts)) for n,row in by_step.items()],
                  text_columns=len(prompts)+1)
+
+# %% ../nbs/70_show.ipynb #2f1dd508
+def rollout_table(path,      # folder of a run of `rl`
+                  step=None, # the last by default
+                  n=12       # answers
+                 ):          # `View`
+    "Answers of a step with rewards and advantages, those that taught most first"
+    import json
+    from pathlib import Path
+    file = Path(path)/'rollouts.jsonl'
+    if not file.exists(): raise FtkitError(f'{file}: no rollouts there: is it a run of rl?')
+    text = file.read_text()
+    lines = [json.loads(l) for l in text[:text.rfind('\n')+1].splitlines()] # it may still be written
+    step = lines[-1]['step'] if step is None else step
+    some = sorted((l for l in lines if l['step'] == step), key=lambda l: -abs(l['advantage']))
+    if not some: raise FtkitError(f"step {step} is not in this run: it has {lines[0]['step']} to {lines[-1]['step']}")
+    asked = lambda p: p if isinstance(p, str) else p[-1]['content']
+    scores = lambda l: ' '.join('-' if x != x else f'{x:g}' for x in l['scores'])
+    row = lambda l: (_short(asked(l['prompt'])), _short(l['completion']), scores(l), f"{l['advantage']:+.2f}")
+    return table(('prompt', 'answer', 'rewards', 'advantage'), [row(l) for l in some[:n]],
+                 f'{min(n, len(some))} of {len(some)} answers of step {step}', text_columns=2)
 
 # %% ../nbs/70_show.ipynb #6f1b339e
 _bubble = 'margin:4px;padding:6px 10px;border-radius:10px;max-width:80%;white-space:pre-wrap;color:#111;background:{}'
