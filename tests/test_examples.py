@@ -23,6 +23,13 @@ def test_pretraining_repeats_itself(tmp_path):
     assert digests[0] == digests[1]
     assert float(out.split('loss on unseen text: ')[1]) < 6.5
 
+def test_reinforcement_learning(tmp_path, shared):
+    "On the tasks; and on word problems, of which the embedded model solves none: it says so and stops"
+    out = run('grpo.py', tmp_path/'tasks', '--steps', 3)
+    assert 'there is something to learn' in out and re.search(r'reward 0\.\d\d to 0\.\d\d', out)
+    out = run('grpo.py', tmp_path/'words', '--data', shared/'datasets'/'gsm8k_train.jsonl')
+    assert 'of the groups have answers that differ' in out and not (tmp_path/'words').exists()
+
 def test_demo(tmp_path):
     "The main job, as `make demo` runs it"
     out = run('demo.py')
