@@ -88,7 +88,7 @@ from ftkit.chat import set_template
 from ftkit.tiny import tiny
 from ftkit.train import train
 os.environ['IN_TEST'] = '1'
-ids = [[5+i, 6, 7, 8+i] + [9]*(i%3) for i in range(8)]
+ids,found = [[5+i, 6, 7, 8+i] + [9]*(i%3) for i in range(8)],{}
 for kind in ('plain', 'weighted'):
     tok,model = tiny()
     set_template(tok)
@@ -96,26 +96,28 @@ for kind in ('plain', 'weighted'):
     if kind == 'weighted': data = [r | dict(weights=[.5+.1*i]*len(r['labels'])) for i,r in enumerate(data)]
     size = 8//int(os.environ.get('WORLD_SIZE', 1))
     run = train(model, tok, data, out=f'{sys.argv[1]}/{kind}', max_steps=1, per_device_train_batch_size=size)
-    print('found', kind, *(f'{run.log[0][k]:.6f}' for k in ('loss', 'grad_norm', 'mean_token_accuracy')))
+    found[kind] = [f'{run.log[0][k]:.6f}' for k in ('loss', 'grad_norm', 'mean_token_accuracy')]
 from test_objectives import pairs, start
 for objective in ('dpo', 'reward'):
     run = train(*start(objective), pairs(16), objective, out=f'{sys.argv[1]}/{objective}', max_steps=2,
                 learning_rate=1e-3, warmup_steps=0, eval_data=pairs(13), per_device_train_batch_size=size,
                 per_device_eval_batch_size=4)
     names = ('loss', 'grad_norm'), ('eval_loss',)
-    print('found', objective, *(f'{e[k]:.5f}' for e in run.log for some in names for k in some if k in e),
-          run.record['tokens'], len(run.log))
+    found[objective] = [f'{e[k]:.5f}' for e in run.log for some in names for k in some if k in e]
+    found[objective] += [run.record['tokens'], len(run.log)]
+open(f'{sys.argv[1]}/found{os.environ.get("RANK", "")}', 'w').write(repr(found))
 '''
 
 def test_two_processes_equal_one(tmp_path):
     "Rows of unlike length and weight, pairs, held-out pairs that do not come out even: the same, in one folder"
     import os, subprocess, sys
     (tmp_path/'run.py').write_text(f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})' + ACROSS)
-    def found(*launcher):
+    def found(*launcher, ranks=('',)):
         out = subprocess.run([sys.executable, *launcher, tmp_path/'run.py', tmp_path/str(len(launcher))],
                              text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
         assert out.returncode == 0, out.stderr[-2000:]
-        return {line[line.index('found'):] for line in out.stdout.splitlines() if 'found' in line}
+        return [(tmp_path/str(len(launcher))/f'found{r}').read_text() for r in ranks]
     alone = found()
-    assert len(alone) == 4
-    assert found('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2') == alone
+    assert all(kind in alone[0] for kind in ('plain', 'weighted', 'dpo', 'reward'))
+    two = found('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', ranks='01')
+    assert two == alone*2
