@@ -31,7 +31,8 @@ def reward(mix):
 def model():
     from ftkit.models import load_model, load_tokenizer
     tok = load_tokenizer('embedded')
-    return load_model('embedded', tok, precision='fp32'), tok
+    # without trained rows of tokens, which TRL's trainer cannot read
+    return load_model('embedded', tok, precision='fp32', trainable_token_indices=None), tok
 
 def one(which, mix, steps, folder):
     "Print a run's figures as JSON"
