@@ -11,7 +11,7 @@ import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
 import json, subprocess, sys, tempfile, time
 from pathlib import Path
-from sft import GPU, PRECISION, SHARED, STEPS, adapted, on_device, peak, rate, tokenizer
+from sft import DEVICE, GPU, PRECISION, SHARED, STEPS, adapted, peak, rate, tokenizer
 
 HERE = Path(__file__).resolve().parent
 LENGTH,BATCH = (1024, 16) if GPU else (512, 4)
@@ -26,9 +26,9 @@ def pairs(tok):
 
 def batches(tok, data, net, n=20):
     "Batches as a run draws them"
-    from ftkit.answers import AnswerCollator
+    from ftkit.answers import AnswerCollator, on_device
     collate = AnswerCollator(tok, net)
-    return [on_device(collate([data[i] for i in range(k*BATCH, (k+1)*BATCH)]))
+    return [on_device(collate([data[i] for i in range(k*BATCH, (k+1)*BATCH)]), DEVICE)
             for k in range(min(n, len(data)//BATCH))]
 
 def work(tok, data):

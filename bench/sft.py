@@ -59,11 +59,6 @@ def rate():
         times.append((time.perf_counter()-start)/(20 if GPU else 1))
     return 2*a.numel()*b.shape[1]/min(times)
 
-def on_device(batch):
-    "A batch and what is in it"
-    return {k: on_device(v) if isinstance(v, dict) else v.to(DEVICE) if torch.is_tensor(v) else v
-            for k,v in batch.items()}
-
 def peak():
     "The most bytes that were in use: of the GPU, or of the process"
     return torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
@@ -71,11 +66,12 @@ def peak():
 def work(tok, packed):
     "Multiplications and additions of a step"
     from torch.utils.flop_counter import FlopCounterMode
+    from ftkit.answers import on_device
     from ftkit.logps import head
     from ftkit.pack import Collator
     from ftkit.train import OBJECTIVES
     net = adapted()
-    top,batch = head(net),on_device(Collator(tok)([packed[i] for i in range(BATCH)]))
+    top,batch = head(net),on_device(Collator(tok)([packed[i] for i in range(BATCH)]), DEVICE)
     with FlopCounterMode(display=False) as counter: OBJECTIVES['sft'].loss(net, top, batch).losses.sum().backward()
     return counter.get_total_flops()
 

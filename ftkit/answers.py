@@ -10,7 +10,7 @@ Docs: https://ftkit.github.io/ftkit/answers.html.md"""
 
 # %% auto #0
 __all__ = ['ANSWERS', 'LAYOUTS', 'answer_names', 'list_lengths', 'list_arrays', 'encode_answers', 'AnswersCut', 'cut_answers',
-           'AnswerCollator', 'model_inputs', 'strays', 'best_layout']
+           'AnswerCollator', 'on_device', 'model_inputs', 'strays', 'best_layout']
 
 # %% ../nbs/15_answers.ipynb #9ddaa2c3
 from dataclasses import dataclass
@@ -283,6 +283,13 @@ class AnswerCollator:
         return inputs | dict(tree=tree, branch=branch) | (dict(mask_dtype=self.dtype) if self.eager else {})
 
 # %% ../nbs/15_answers.ipynb #6eec7c1b
+def on_device(batch, # of tensors, maybe in inner dicts
+              device # where to
+             ):      # the same there
+    "Move a batch"
+    return {k: on_device(v, device) if isinstance(v, dict) else v.to(device) if hasattr(v, 'to') else v
+            for k,v in batch.items()}
+
 def model_inputs(inputs # of a batch of `AnswerCollator`
                 ):      # dict, what the model is called with
     "Trees as a mask: a token sees what came before it in its tree, but for the other answer"
@@ -307,8 +314,8 @@ def _hidden(model, collate, examples):
     "The last hidden states where answers are predicted, one tensor for each answer"
     import torch
     batch = collate(examples)
-    inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k,v in batch['inputs'].items()}
-    with torch.no_grad(): hidden = model(**model_inputs(inputs), output_hidden_states=True).hidden_states[-1]
+    inputs = model_inputs(on_device(batch['inputs'], model.device))
+    with torch.no_grad(): hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
     return hidden.float().flatten(0, 1)[batch['at'].to(model.device)].split(batch['lengths'].tolist())
 
 # %% ../nbs/15_answers.ipynb #a9fbe076

@@ -13,7 +13,7 @@ __all__ = ['same_text', 'Score', 'exact_match', 'pair_scores']
 # %% ../nbs/61_evaluate.ipynb #4aa60ca8
 from collections import defaultdict
 from dataclasses import dataclass
-from .answers import answer_names, encode_answers
+from .answers import answer_names, encode_answers, on_device
 from .core import FtkitError, progress
 from .generate import generate
 from .logps import answer_logps, by_answer, head as find_head, sequence_logps
@@ -75,10 +75,6 @@ def exact_match(model,           # causal language model
     return Score(rows, answers, correct, [row.get(group, 'all') for row in rows])
 
 # %% ../nbs/61_evaluate.ipynb #2bd3845f
-def _to(batch, device):
-    return {k: v.to(device) if hasattr(v, 'to') else _to(v, device) if isinstance(v, dict) else v
-            for k,v in batch.items()}
-
 def _scorer(model):
     "batch -> score of every answer"
     try: top,kind = reward_head(model),'reward'
@@ -98,7 +94,7 @@ def pair_scores(model,         # a reward model, or a causal language model
     collate = objective.collate(tok, model)
     with evaluating(model):
         for k in progress(range(0, len(ds), batch_size), 'scoring'):
-            batch = _to(collate([ds[i] for i in range(k, min(k+batch_size, len(ds)))]), model.device)
+            batch = on_device(collate([ds[i] for i in range(k, min(k+batch_size, len(ds)))]), model.device)
             found.append(score(batch).float().cpu())
     both = torch.cat(found)
     return both[::2], both[1::2]

@@ -312,13 +312,11 @@ def model_reward(model,        # from `load_model(..., reward=True)`
                 ):             # reward function
     "What a reward model thinks"
     import torch
-    from ftkit.answers import encode_answers
+    from ftkit.answers import encode_answers, on_device
     from ftkit.objectives import OBJECTIVES, reward_head, rewards
     top,collate = reward_head(model),OBJECTIVES['reward'].collate(tok, model)
     def score(rows):
-        batch = collate(rows)
-        inputs = {n: v.to(model.device) if torch.is_tensor(v) else v for n,v in batch['inputs'].items()}
-        with torch.no_grad(): return rewards(model, top, batch | dict(inputs=inputs)).tolist()
+        with torch.no_grad(): return rewards(model, top, on_device(collate(rows), model.device)).tolist()
     def reward(prompts, completions, **_):
         ds,training = encode_answers(tok, _chats(prompts, completions)),model.training
         model.eval()

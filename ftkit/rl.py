@@ -1,7 +1,7 @@
 """The whole loop on one screen: prompts, rollouts, rewards, advantages, log-probabilities, loss, step, log
 
 `rl` trains a model on answers it writes itself, scored by reward functions. Algorithms are small choices, not classes:
-`ALGORITHMS` says which. Nothing is padded, a prompt is computed once for its group, and groups in which no answer is better
+`ALGORITHMS` says which. Hardly a token is padding, a prompt is computed once for its group, and groups in which no answer is better
 than another cost no backward pass. `rehearse` looks, before anything is trained, whether there is something to learn.
 
 Docs: https://ftkit.github.io/ftkit/rl.html.md"""
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from fastcore.basics import patch
-from .answers import AnswerCollator, best_layout, model_inputs
+from .answers import AnswerCollator, best_layout, model_inputs, on_device
 from .core import Device, FtkitError
 from .grpo import AGGREGATIONS, BASELINES, KLS, LEVELS, LOSS_TYPES, SCALES
 from .grpo import add_rewards, advantages, grpo_loss, kl_penalty, policy_metrics, uncertain
@@ -201,10 +201,6 @@ def _parts(groups, how):
     return parts
 
 # %% ../nbs/43_rl.ipynb #6f0ab0ca
-def _on(batch, device):
-    return {k: _on(v, device) if isinstance(v, dict) else v.to(device) if hasattr(v, 'to') else v
-            for k,v in batch.items()}
-
 def _scored(model, head, batch, entropy=False):
     "(log-probabilities, entropies, mask), each of shape (answers, longest)"
     hidden = hidden_states(model, head, **model_inputs(batch['inputs'])).flatten(0, 1)[batch['at']]
@@ -325,7 +321,7 @@ def _distances(groups, how, collator, model, head, began):
     "How far the policy is from the reference, of each answer: the sum of its log-ratios"
     out = []
     for part in _parts(groups, how):
-        batch = _on(_lay(part, how, collator), model.device)
+        batch = on_device(_lay(part, how, collator), model.device)
         with _quiet(model, how.precision): now = _scored(model, head, batch)[0]
         out += (now - _before(batch, how, model, head, began)).sum(-1).tolist()
     return out
@@ -362,7 +358,7 @@ def batches(groups,   # with advantages
     lively = [g for g in groups if every or g.gains.any()]
     out = []
     for part in _parts(lively, how):
-        batch = _on(_lay(part, how, collator), model.device)
+        batch = on_device(_lay(part, how, collator), model.device)
         with _quiet(model, how.precision):
             if how.epochs*how.minibatches > 1: batch['old'] = _scored(model, head, batch)[0]
         if priced: batch['ref'] = _before(batch, how, model, head, began)

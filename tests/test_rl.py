@@ -274,12 +274,11 @@ def test_dropout_is_the_same_after_a_kill(tmp_path):
         model,tok = start('full')
         torch.manual_seed(5)
         return get_peft_model(model, LoraConfig(target_modules='all-linear', r=4, lora_dropout=.3)), tok
-    state = torch.get_rng_state()
     whole = rl(*dropped(), ROWS, vowels, 'grpo', tmp_path/'whole', **QUICK)
     rl(*dropped(), ROWS, vowels, 'grpo', tmp_path/'run', **QUICK | dict(steps=2))
     torch.rand(100)
     again = rl(*dropped(), ROWS, vowels, 'grpo', tmp_path/'run', resume=True, **QUICK)
-    assert [e['grad_norm'] for e in again.log] == [e['grad_norm'] for e in whole.log] and state is not None
+    assert [e['grad_norm'] for e in again.log] == [e['grad_norm'] for e in whole.log]
 
 @pytest.mark.parametrize('changed', ['data', 'rewards'])
 def test_other_data_or_rewards_are_not_resumed(tmp_path, changed):
