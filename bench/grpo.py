@@ -42,6 +42,7 @@ def one(which, mix, steps, folder):
         net,tok = model()
         run = rl(net, tok, data(), reward(mix), 'dapo', f'{folder}/ftkit', overwrite=True, resample=0, steps=n,
                  prompts_per_step=PROMPTS, group=GROUP, max_new_tokens=TOKENS, learning_rate=1e-5, save_steps=10**6)
+        stages.clear()
         for e in run.log[1:]:
             for k,v in e['seconds'].items(): stages[k] = stages.get(k, 0) + v/(n-1)
         return [e['length'] for e in run.log]

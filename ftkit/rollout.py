@@ -12,11 +12,12 @@ Docs: https://ftkit.github.io/ftkit/rollout.html.md"""
 __all__ = ['Rollout', 'draw', 'HFEngine', 'sample', 'engine_finding']
 
 # %% ../nbs/42_rollout.ipynb #734ef546
+from contextlib import nullcontext
 from typing import NamedTuple
 from .chat import stop_ids
 from .core import FtkitError, progress
 from .mask import prompt_ids
-from .models import evaluating
+from .models import evaluating, folded
 
 # %% ../nbs/42_rollout.ipynb #a640cf7a
 class Rollout(NamedTuple):
@@ -44,7 +45,10 @@ def draw(logits,         # shape (n, vocabulary)
     "Draw a token from each distribution"
     import torch
     logps = (logits.float()/(temperature or 1.)).log_softmax(-1)
-    if temperature: ids = torch.multinomial(_tail(logps.exp(), top_p, top_k), 1, generator=generator)
+    if temperature:
+        heap = _tail(logps.exp(), top_p, top_k).double().cumsum(-1)
+        at = torch.rand(len(heap), 1, dtype=heap.dtype, device=heap.device, generator=generator)*heap[:, -1:]
+        ids = torch.searchsorted(heap, at, right=True)
     else: ids = logps.argmax(-1, keepdim=True)
     return ids.squeeze(-1), logps.gather(-1, ids).squeeze(-1)
 
@@ -83,7 +87,7 @@ def _answers(model, prompts, n, limit, stops, pad, pick):
         sizes[row[going].cpu()] = t+1
         going = going & ~torch.isin(token, stops)
         if t == limit-1 or not going.any(): break
-        if free and not going.all():
+        if free and going.sum() < .9*len(going):
             kept = going.nonzero().squeeze(-1)
             cache.batch_select_indices(kept)
             row,at,mask,token,going = (x[kept] for x in (row, at, mask, token, going))
@@ -97,10 +101,12 @@ def _answers(model, prompts, n, limit, stops, pad, pick):
 class HFEngine:
     "The model that is trained, as its own sampler"
     def __init__(self,
-                 model,        # causal language model of transformers
-                 tok,          # its tokenizer, whose template says where answers end
-                 batch_size=64 # answers written at once
+                 model,         # causal language model of transformers
+                 tok,           # its tokenizer, whose template says where answers end
+                 batch_size=64, # answers written at once
+                 fold=True     # see `ftkit.models.folded`: faster, for the memory of a second copy of float32 weights
                 ):
+        self.fold = folded if fold else nullcontext
         self.model,self.batch_size,self.stops = model,batch_size,stop_ids(tok)
         if not self.stops: raise FtkitError('this tokenizer has no token that ends an answer')
         self.pad = self.stops[0] if tok.pad_token_id is None else tok.pad_token_id
@@ -115,7 +121,7 @@ class HFEngine:
         stops,g = torch.tensor(self.stops, device=device),torch.Generator(device).manual_seed(seed)
         order,found,size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])),{},max(1, self.batch_size//n)
         pick = lambda logits: draw(logits, temperature, top_p, top_k, g)
-        with evaluating(self.model):
+        with evaluating(self.model), self.fold(self.model):
             for k in progress(range(0, len(order), size), 'answering'):
                 some = order[k:k+size]
                 asked = [prompts[i] for i in some]
