@@ -191,13 +191,27 @@ def cut_answers(ds,          # `Dataset` from `encode_answers`
 # %% ../nbs/15_answers.ipynb #8422617e
 LAYOUTS = 'shared', 'packed', 'padded'
 
-def _rows(sizes, hidden_size):
-    "Rows of trees: the width that costs least, with the attention that grows with it"
-    rows = [pack(sizes, int(max(sizes)*k)) for k in (1, 1.25, 1.5, 2, 3)]
-    def cost(some):
-        width = max(sum(sizes[k] for k in row) for row in some)
-        return len(some)*width*(1 + width/(6*hidden_size))
-    return min(rows, key=cost)
+def _size(tree): return len(tree[0]) + sum(map(len, tree[1]))
+
+def _pieces(tree, width):
+    "A tree cut into ones that are no wider, each with the trunk"
+    (prompt,answers,masks),pieces,room = tree,[],-1
+    for a,m in zip(answers, masks):
+        if len(a) > room: pieces,room = [*pieces, (prompt, [], [])],width - len(prompt)
+        pieces[-1][1].append(a), pieces[-1][2].append(m)
+        room -= len(a)
+    return pieces
+
+def _rows(trees, hidden_size):
+    "(pieces of trees, rows of them): the width that costs least, with the attention that grows with it"
+    whole,alone = max(map(_size, trees)),max(len(p) + max(map(len, answers)) for p,answers,_ in trees)
+    def found(width):
+        some = [piece for t in trees for piece in _pieces(t, width)]
+        sizes = [*map(_size, some)]
+        rows = pack(sizes, width)
+        width = max(sum(sizes[k] for k in row) for row in rows)
+        return len(rows)*width*(1 + width/(6*hidden_size)), some, rows
+    return min((found(int(w*k)) for w in {whole, alone} for k in (1, 1.25, 1.5, 2, 3)), key=lambda x: x[0])[1:]
 
 def _tree(example, names):
     "(prompt, [answer], [which of its tokens are trained])"
@@ -211,7 +225,7 @@ def _tree(example, names):
 def _fill(trees, rows, pad):
     "Ids, positions, trees and branches of every row; for each answer: where it is predicted, its tokens, its end"
     import numpy as np
-    sizes = [len(p) + sum(map(len, a)) for p,a,_ in trees]
+    sizes = [*map(_size, trees)]
     shape = len(rows),max(sum(sizes[k] for k in row) for row in rows)
     ids,positions,tree,branch = (np.full(shape, x) for x in (pad, 0, -1, 0))
     found = {}
@@ -263,10 +277,9 @@ class AnswerCollator:
         "A batch of (prompt, [answer], [which of its tokens are trained]), all arrays"
         import numpy as np, torch
         if self.layout != 'shared': trees = [(p, [a], [m]) for p,answers,masks in trees for a,m in zip(answers, masks)]
-        sizes = [len(p) + sum(map(len, a)) for p,a,_ in trees]
-        one_row = self.layout == 'packed' and self.rows.varlen
-        rows = [[k] for k in range(len(trees))] if self.layout == 'padded' else \
-               [list(range(len(trees)))] if one_row else _rows(sizes, self.hidden_size)
+        rows = [[k] for k in range(len(trees))]
+        if self.layout == 'packed' and self.rows.varlen: rows = [sum(rows, [])]
+        elif self.layout != 'padded': trees,rows = _rows(trees, self.hidden_size)
         ids,positions,tree,branch,found = _fill(trees, rows, self.rows.pad)
         at,targets,last = zip(*found)
         lengths = torch.tensor([len(t) for t in targets])
@@ -327,6 +340,7 @@ def strays(model, # any transformers model of text
     collate,vocab = AnswerCollator(tok, model, layout),model.get_input_embeddings().weight.shape[0]
     one,other = _examples(vocab, 0),_examples(vocab, 1)
     changed = [other[0], one[1] | dict(chosen_ids=other[1]['chosen_ids']), one[2]] # answers 3, 4 and 5 are the same
+    collate.hidden_size = 1e9 # as if attention cost nothing: trees stay whole
     training,_ = model.training,model.eval()
     try: a,b,alone = (_hidden(model, c, x) for c,x in (
         (collate, one), (collate, changed), (AnswerCollator(tok, model, 'padded'), one)))

@@ -192,7 +192,7 @@ def uncertain(entropies, # of each token, shape (n, length)
 # %% ../nbs/37_grpo.ipynb #7e613fc6
 def policy_metrics(logps,      # log-probability of each token, shape (n, length)
                    old_logps,  # when it was sampled, shape (n, length)
-                   advantages, # of each answer, shape (n,)
+                   advantages, # of each answer, shape (n,), or of each token, shape (n, length)
                    mask,       # True where a token is trained, shape (n, length)
                    level='token', # one of `LEVELS`
                    epsilon=.2, # as in `grpo_loss`
@@ -200,7 +200,8 @@ def policy_metrics(logps,      # log-probability of each token, shape (n, length
                   ):           # dict of name -> (sum, what it is divided by)
     "How far a step has moved the policy"
     ratio = ratios(logps.detach(), old_logps, mask, level)
-    high,each,better = epsilon if epsilon_high is None else epsilon_high,advantages[:, None],mask.sum()
+    high,better = epsilon if epsilon_high is None else epsilon_high,mask.sum()
+    each = advantages if advantages.dim() > 1 else advantages[:, None]
     over = ((ratio > 1+high) & (each > 0)) | ((ratio < 1-epsilon) & (each < 0))
     away = kl_penalty(old_logps, logps.detach())
     return dict(ratio=((ratio*mask).sum(), better), clip_share=((over*mask).sum(), better),

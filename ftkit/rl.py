@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 from fastcore.basics import patch
 from .answers import AnswerCollator, best_layout, model_inputs, on_device
 from .core import Device, FtkitError
@@ -25,6 +26,7 @@ from .grpo import AGGREGATIONS, BASELINES, KLS, LEVELS, LOSS_TYPES, SCALES
 from .grpo import add_rewards, advantages, grpo_loss, kl_penalty, policy_metrics, uncertain
 from .logps import Head, by_answer, head as find_head, hidden_states
 from .models import evaluating, save
+from .ppo import gae, value_loss
 from .reference import Reference, changes_nothing
 from .rewards import name_of, score_all
 from .rollout import HFEngine, _positions, sample
@@ -42,7 +44,7 @@ class Choices:
     loss_type: str = 'dapo'        # who counts how much: one of `ftkit.grpo.LOSS_TYPES`
     level: str = 'token'           # of what the ratio is: one of `ftkit.grpo.LEVELS`
     scale: str = 'group'           # what advantages are divided by: one of `ftkit.grpo.SCALES`
-    baseline: str = 'group'        # what a reward is compared with: one of `ftkit.grpo.BASELINES`
+    baseline: str = 'group'        # what a reward is compared with: one of `ftkit.grpo.BASELINES`, or 'critic'
     aggregation: str = 'sum_then_normalize' # of several rewards
     weights: list = None           # of several rewards
     epsilon: float = .2            # how far a ratio may fall below 1
@@ -51,6 +53,10 @@ class Choices:
     beta: float = 0.               # price of the distance from the reference
     kl: str = 'k3'                 # how that distance is estimated
     kl_in_reward: bool = False     # the sum of log-ratios, taken off the reward, instead of `kl` in the loss
+    gae_gamma: float = 1.          # with a critic: what a later reward is worth
+    gae_lambda: float = .95        # from 0, trust the critic, to 1, trust the rewards
+    value_coef: float = .1         # weight of its loss
+    value_clip: float = .2         # how far its values may move
     entropy_coef: float = 0.       # what indecision earns
     top_entropy: float = 1.        # share of the tokens that go through the model at once, the most undecided, to train
     mask_truncated: bool = False   # leave out answers that were cut off
@@ -75,9 +81,10 @@ ALGORITHMS = dict(
     dapo=dict(loss_type='dapo', epsilon_high=.28, resample=3), cispo=dict(loss_type='cispo', epsilon_high=5.),
     gspo=dict(loss_type='grpo', level='sequence', epsilon=3e-4, epsilon_high=4e-4),
     rloo=dict(loss_type='grpo', level='answer', scale='none', baseline='others', kl_in_reward=True),
-    reinforce=dict(loss_type='dapo', scale='batch', baseline='batch'))
+    reinforce=dict(loss_type='dapo', scale='batch', baseline='batch'),
+    ppo=dict(loss_type='dapo', scale='batch', baseline='critic', kl_in_reward=True, epochs=2, minibatches=2))
 
-_KNOWN = dict(loss_type=LOSS_TYPES, level=LEVELS, scale=SCALES, baseline=BASELINES, aggregation=AGGREGATIONS,
+_KNOWN = dict(loss_type=LOSS_TYPES, level=LEVELS, scale=SCALES, baseline=(*BASELINES, 'critic'), aggregation=AGGREGATIONS,
               kl=(*KLS,), precision=('fp32', 'fp16', 'bf16'))
 
 def choices(algorithm, # a key of `ALGORITHMS`
@@ -97,6 +104,10 @@ def choices(algorithm, # a key of `ALGORITHMS`
     if found.group < 2 and found.baseline in ('group', 'others'): raise FtkitError(
         f'group={found.group}: an answer alone is no better than another')
     if not 0 < found.top_entropy <= 1: raise FtkitError(f'top_entropy={found.top_entropy}: must be above 0, at most 1')
+    if found.baseline == 'critic' and (found.scale == 'group' or found.loss_type in ('grpo', 'dr_grpo')): raise FtkitError(
+        f"a critic judges tokens: it goes with scale 'batch' or 'none' and a loss_type that averages over tokens")
+    if found.resample and (found.group < 2 or found.baseline == 'critic'): raise FtkitError(
+        f'resample={found.resample}: answers are compared with no other of their group')
     if found.kl_in_reward and found.beta and found.aggregation != 'sum_then_normalize': raise FtkitError(
         'kl_in_reward goes with sum_then_normalize only')
     if found.temperature <= 0: raise FtkitError(f'temperature={found.temperature}: answers to learn from must differ')
@@ -201,31 +212,44 @@ def _parts(groups, how):
     return parts
 
 # %% ../nbs/43_rl.ipynb #6f0ab0ca
-def _scored(model, head, batch, entropy=False):
-    "(log-probabilities, entropies, mask), each of shape (answers, longest)"
+class _Scored(NamedTuple):
+    "What is said of each token, all of shape (answers, longest)"
+    logps: object
+    mask: object
+    entropy: object
+    values: object
+
+def _scored(model, head, batch, entropy=False, critic=None):
+    "Log-probabilities, and more where it is asked for"
     hidden = hidden_states(model, head, **model_inputs(batch['inputs'])).flatten(0, 1)[batch['at']]
     found = head.score(hidden, batch['targets'], entropy=entropy)
-    shaped = lambda x: by_answer(x, batch['lengths'], batch['longest'])
-    logps,mask = shaped(found.logps)
-    return logps, shaped(found.entropy)[0] if entropy else None, mask & shaped(batch['trained'])[0].bool()
+    shaped = lambda x: by_answer(x, batch['lengths'], batch['longest'])[0]
+    mask = by_answer(batch['trained'], batch['lengths'], batch['longest'])[0].bool()
+    return _Scored(shaped(found.logps), mask, shaped(found.entropy) if entropy else None,
+                   shaped(critic(hidden)) if critic else None)
 
 # %% ../nbs/43_rl.ipynb #7a80a4e3
 def answer_losses(model,  # that is trained
                   head,   # from `ftkit.logps.head`, at the temperature of sampling
                   batch,  # of groups
                   how,    # `Choices`
-                  metrics # dict of name -> (sum, count), which is added to
+                  metrics, # dict of name -> (sum, count), which is added to
+                  critic=None # hidden states -> values, if there is one
                  ):       # loss of each answer, shape (n,)
     "Forward pass and loss of a batch"
-    with autocast(model, how.precision): logps,entropies,mask = _scored(
-        model, head, batch, True if how.entropy_coef else 'value')
+    with autocast(model, how.precision): logps,mask,entropies,values = _scored(
+        model, head, batch, True if how.entropy_coef else 'value', critic)
     old = batch['old'] if 'old' in batch else logps.detach() # fresh answers: the policy has not moved yet
     some = uncertain(entropies.detach(), mask, how.top_entropy) if how.top_entropy < 1 else None
     bonus = how.entropy_coef*entropies*(mask if some is None else some) if how.entropy_coef else None
     losses = grpo_loss(logps, old, batch['gains'], mask, how.loss_type, how.level, how.epsilon, how.epsilon_high,
-                       how.delta, how.beta*('ref' in batch), batch.get('ref'), how.kl, some, bonus, how.max_new_tokens)
+                       how.delta, 0. if how.kl_in_reward else how.beta*('ref' in batch), batch.get('ref'), how.kl, some,
+                       bonus, how.max_new_tokens)
     limits = (1., how.epsilon_high-1) if how.loss_type == 'cispo' else (how.epsilon, how.epsilon_high)
     found = policy_metrics(logps, old, batch['gains'], mask, how.level, *limits)
+    if critic:
+        wrong = value_loss(values, batch['values'], batch['returns'], mask, how.value_clip)
+        losses,found['value_loss'] = losses + how.value_coef*wrong,(wrong.detach().sum(), mask.sum())
     found['entropy'] = (entropies.detach()*mask).sum(), mask.sum()
     if 'ref' in batch: found['kl'] = (kl_penalty(logps.detach(), batch['ref'], how.kl)*mask).sum(), mask.sum()
     for name,two in found.items(): metrics[name] = [x+y for x,y in zip(metrics.get(name, (0, 0)), two)]
@@ -234,7 +258,7 @@ def answer_losses(model,  # that is trained
 # %% ../nbs/43_rl.ipynb #2939781d
 class _State:
     "Model, optimizer, schedule, and where they stand"
-    def __init__(self, model, how):
+    def __init__(self, model, how, critic=None):
         from transformers import Trainer, TrainingArguments, get_scheduler
         try:
             args = TrainingArguments('.', optim=how.optim, learning_rate=how.learning_rate, report_to='none',
@@ -243,6 +267,7 @@ class _State:
         except (ValueError, ImportError) as e: raise FtkitError(f"optim='{how.optim}': {e}") from e
         self.trained = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
         if not self.trained: raise FtkitError("no weight is trained: load_model(adapter='lora')")
+        if critic: self.trained += [(f'critic.{n}', p) for n,p in critic.named_parameters()]
         import torch
         self.how,self.step,self.norms = how,0,[]
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=how.precision == 'fp16')
@@ -322,27 +347,59 @@ def _distances(groups, how, collator, model, head, began):
     out = []
     for part in _parts(groups, how):
         batch = on_device(_lay(part, how, collator), model.device)
-        with _quiet(model, how.precision): now = _scored(model, head, batch)[0]
+        with _quiet(model, how.precision): now = _scored(model, head, batch).logps
         out += (now - _before(batch, how, model, head, began)).sum(-1).tolist()
     return out
 
 def _before(batch, how, model, head, began):
     "What the reference says of each token"
     if began.how == 'copy': model,head = began.model,head._replace(layer=began.head.layer)
-    with _quiet(model, how.precision), began.off(): return _scored(model, head, batch)[0]
+    with _quiet(model, how.precision), began.off(): return _scored(model, head, batch).logps
 
 def set_gains(groups, # of a step; they are changed
               how,    # `Choices`
-              *policy # collator, model, head and reference, where the distance is part of the reward
+              *policy # collator, model, head, reference and critic, where the distance is part of the reward
              ):
-    "Give every group its advantages"
+    "Give every group its advantages; with a critic, the rewards from which `batches` makes them"
     import torch
-    scores = torch.tensor([s for g in groups for s in g.scores])
-    far = _distances(groups, how, *policy) if how.kl_in_reward and how.beta else None
+    scores,judged = torch.tensor([s for g in groups for s in g.scores]),how.baseline == 'critic'
+    far = _distances(groups, how, *policy[:4]) if how.kl_in_reward and how.beta and not judged else None
     if far: scores = add_rewards(scores, how.weights) - how.beta*torch.tensor(far)
     weights = how.weights if scores.dim() > 1 else None
-    found = advantages(scores, how.group, how.scale, how.baseline, weights, how.aggregation)
+    found = add_rewards(scores, weights).float() if judged else advantages(
+        scores, how.group, how.scale, how.baseline, weights, how.aggregation)
     for i,g in enumerate(groups): g.gains = found[i*how.group:(i+1)*how.group]
+
+# %% ../nbs/43_rl.ipynb #a9c681ba
+def _critic(model, head):
+    "Hidden states -> what is still to come; 0 at first"
+    import torch
+    if head.layer is None: raise FtkitError(f'{type(model).__name__} shows no hidden states to a critic')
+    class Critic(torch.nn.Linear):
+        def forward(self, hidden): return (hidden.float()*self.weight).sum(-1) + self.bias # in 32 bits, always
+    layer = Critic(model.config.get_text_config().hidden_size, 1, device=model.device)
+    for p in layer.parameters(): torch.nn.init.zeros_(p)
+    return layer
+
+def _judge(batches, seen, parts, how):
+    "Advantages and returns of each token, by the critic before it moves"
+    import torch
+    masks = []
+    for batch,said in zip(batches, seen):
+        scored = batch['gains'].isfinite()
+        batch['trained'] = batch['trained'] & scored.repeat_interleave(batch['lengths'])
+        mask = said.mask & scored[:, None]
+        last = torch.arange(mask.shape[1], device=mask.device) == batch['lengths'][:, None]-1
+        rewards = batch['gains'].nan_to_num()[:, None]*last
+        if 'ref' in batch: rewards = rewards - how.beta*(said.logps-batch['ref'])*mask
+        batch['gains'],batch['returns'] = gae(rewards, said.values, mask, how.gae_gamma, how.gae_lambda)
+        batch['values'] = said.values
+        masks.append(mask)
+    each = torch.cat([b['gains'].sum(-1)/m.sum(-1).clamp(min=1) for b,m in zip(batches, masks)]).cpu()
+    for g,gains in zip(sum(parts, []), each.split(how.group)): g.gains = gains
+    if how.scale == 'none': return
+    every = torch.cat([b['gains'][m] for b,m in zip(batches, masks)])
+    for b,m in zip(batches, masks): b['gains'] = (b['gains']-every.mean())/(every.std(correction=0)+1e-8)*m
 
 # %% ../nbs/43_rl.ipynb #c5bf608d
 def batches(groups,   # with advantages
@@ -350,19 +407,21 @@ def batches(groups,   # with advantages
             collator, # `AnswerCollator`
             model,    # that is trained
             head,     # at the temperature of sampling
-            began     # `Reference`, if there is a price
+            began,    # `Reference`, if there is a price
+            critic=None # hidden states -> values, if there is one
            ):         # list of batches
     "Batches of the groups that teach something, with what must be known of them before the policy moves"
-    priced = how.beta and not how.kl_in_reward
-    every = priced or how.entropy_coef or how.top_entropy < 1 # whose threshold is that of all tokens
-    lively = [g for g in groups if every or g.gains.any()]
-    out = []
-    for part in _parts(lively, how):
+    priced = how.beta and (critic or not how.kl_in_reward)
+    every = priced or critic or how.entropy_coef or how.top_entropy < 1 # whose threshold is that of all tokens
+    out,seen,parts = [],[],_parts([g for g in groups if every or g.gains.any()], how)
+    for part in parts:
         batch = on_device(_lay(part, how, collator), model.device)
         with _quiet(model, how.precision):
-            if how.epochs*how.minibatches > 1: batch['old'] = _scored(model, head, batch)[0]
+            if critic or how.epochs*how.minibatches > 1: seen.append(_scored(model, head, batch, critic=critic))
+        if seen: batch['old'] = seen[-1].logps
         if priced: batch['ref'] = _before(batch, how, model, head, began)
         out.append(batch)
+    if critic: _judge(out, seen, parts, how)
     return out
 
 def divisor(groups, # of an update
@@ -397,7 +456,7 @@ def rl(model,             # with an adapter, or to be trained as a whole
         with run.stage('update'), run.luck():
             for _ in range(how.epochs):
                 for total,parts in held:
-                    for batch in parts: state.backward(answer_losses(model, run.head, batch, how, metrics).sum()/total)
+                    for batch in parts: state.backward(run.losses(batch, metrics).sum()/total)
                     state.update()
         state.step += 1
         with run.stage('sync'): run.engine.sync(state.step)
@@ -415,8 +474,9 @@ class _Run:
         whole = find_head(model)
         self.head = Head(whole.layer, whole.scale/how.temperature, whole.softcap and whole.softcap/how.temperature)
         began = Reference(model, 'adapter' if changes_nothing(model) else 'copy') if how.beta else None
-        self.policy = AnswerCollator(tok, model, best_layout(model, tok)),model,self.head,began
-        self.engine,self.state,self.took = engine or HFEngine(model, tok),_State(model, how),{}
+        critic = _critic(model, self.head) if how.baseline == 'critic' else None
+        self.policy = AnswerCollator(tok, model, best_layout(model, tok)),model,self.head,began,critic
+        self.engine,self.state,self.took = engine or HFEngine(model, tok),_State(model, how, critic),{}
         if not all(hasattr(self.engine, f) for f in ('sample', 'sync')): raise FtkitError(
             f'{type(self.engine).__name__} is no engine: it must have sample(...) and sync(step)')
         if how.max_new_tokens >= _positions(self.engine): raise FtkitError(
@@ -464,6 +524,10 @@ def write(self:_Run, entries, name='log.jsonl'):
     with (self.out/name).open('a') as f: f.writelines(json.dumps(e)+'\n' for e in entries)
 
 # %% ../nbs/43_rl.ipynb #45ecfb95
+@patch
+def losses(self:_Run, batch, metrics):
+    return answer_losses(self.model, self.head, batch, self.how, metrics, self.policy[-1])
+
 @patch
 @contextmanager
 def luck(self:_Run):
