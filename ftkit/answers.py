@@ -213,6 +213,7 @@ def _rows(trees, hidden_size):
         return len(rows)*width*(1 + width/(6*hidden_size)), some, rows
     return min((found(int(w*k)) for w in {whole, alone} for k in (1, 1.25, 1.5, 2, 3)), key=lambda x: x[0])[1:]
 
+# %% ../nbs/15_answers.ipynb #6cd8f672
 def _tree(example, names):
     "(prompt, [answer], [which of its tokens are trained])"
     import numpy as np

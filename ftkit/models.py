@@ -310,7 +310,7 @@ def evaluating(model # any
 # %% ../nbs/22_models.ipynb #87970cd5
 @contextmanager
 def folded(model # any
-          ):     # while it lasts: computes the same with fewer products, and needs memory for a second copy of its weights
+          ):     # while it lasts: the same with fewer products, for the memory of a second copy of its weights
     "Adapters added to a copy of the weights, where these are in float32"
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer

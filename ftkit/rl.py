@@ -13,7 +13,7 @@ __all__ = ['ALGORITHMS', 'Choices', 'choices', 'Group', 'checked_rows', 'collect
            'batches', 'divisor', 'rl', 'Rehearsal', 'rehearse']
 
 # %% ../nbs/43_rl.ipynb #e0f7ea90
-import hashlib, json, random, time
+import hashlib, json, random, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -22,14 +22,15 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from .answers import AnswerCollator, best_layout, model_inputs, on_device
 from .core import Device, FtkitError
-from .grpo import AGGREGATIONS, BASELINES, KLS, LEVELS, LOSS_TYPES, SCALES
-from .grpo import add_rewards, advantages, grpo_loss, kl_penalty, policy_metrics, uncertain
+from .grpo import AGGREGATIONS, BASELINES, CORRECTIONS, KLS, LEVELS, LOSS_TYPES, SCALES
+from .grpo import add_rewards, advantages, grpo_loss, kl_penalty, policy_metrics, sampler_weights, uncertain
 from .logps import Head, by_answer, head as find_head, hidden_states
+from .mask import prompt_ids
 from .models import evaluating, save
 from .ppo import gae, value_loss
 from .reference import Reference, changes_nothing
 from .rewards import name_of, score_all
-from .rollout import HFEngine, _positions, sample
+from .rollout import HFEngine, _positions, answers_finding, engine_finding, next_logps, sample
 from .train import Run, _may_write, _remove, _start, _versions, _write_whole, last_checkpoint, read_log, run_files
 
 # %% ../nbs/43_rl.ipynb #0e2f7314
@@ -60,6 +61,10 @@ class Choices:
     entropy_coef: float = 0.       # what indecision earns
     top_entropy: float = 1.        # share of the tokens that go through the model at once, the most undecided, to train
     mask_truncated: bool = False   # leave out answers that were cut off
+    correction: str = None         # for an engine: one of `ftkit.grpo.CORRECTIONS`, or 'none'; default 'token_truncate'
+    correction_high: float = 3.    # largest weight
+    correction_low: float = None   # smallest one
+    engine_timeout: float = None   # seconds to wait for its answers
     resample: int = 0              # times that groups without spread are replaced (dynamic sampling)
     epochs: int = 1                # passes over the answers of a step
     minibatches: int = 1           # updates in a pass
@@ -82,10 +87,12 @@ ALGORITHMS = dict(
     gspo=dict(loss_type='grpo', level='sequence', epsilon=3e-4, epsilon_high=4e-4),
     rloo=dict(loss_type='grpo', level='answer', scale='none', baseline='others', kl_in_reward=True),
     reinforce=dict(loss_type='dapo', scale='batch', baseline='batch'),
-    ppo=dict(loss_type='dapo', scale='batch', baseline='critic', kl_in_reward=True, epochs=2, minibatches=2))
+    ppo=dict(loss_type='dapo', scale='batch', baseline='critic', kl_in_reward=True, group=1,
+             prompts_per_step=64, minibatches=2))
 
-_KNOWN = dict(loss_type=LOSS_TYPES, level=LEVELS, scale=SCALES, baseline=(*BASELINES, 'critic'), aggregation=AGGREGATIONS,
-              kl=(*KLS,), precision=('fp32', 'fp16', 'bf16'))
+_KNOWN = dict(loss_type=LOSS_TYPES, level=LEVELS, scale=SCALES, aggregation=AGGREGATIONS,
+              baseline=(*BASELINES, 'critic'),
+              kl=(*KLS,), precision=('fp32', 'fp16', 'bf16'), correction=(None, 'none', *CORRECTIONS))
 
 def choices(algorithm, # a key of `ALGORITHMS`
             **options  # of `Choices`
@@ -97,16 +104,17 @@ def choices(algorithm, # a key of `ALGORITHMS`
     found = Choices(**ALGORITHMS[algorithm] | options)
     for name,known in _KNOWN.items():
         if (value := getattr(found, name)) not in known: raise FtkitError(
-            f"{name} '{value}' is unknown: use one of {', '.join(known)}")
+            f"{name} '{value}' is unknown: use one of {', '.join(filter(None, known))}")
     counts = 'steps prompts_per_step group max_new_tokens epochs minibatches micro_tokens save_steps eval_steps'.split()
     if low := [n for n in counts if getattr(found, n) < 1]: raise FtkitError(
         f'{low[0]}={getattr(found, low[0])}: must be at least 1')
     if found.group < 2 and found.baseline in ('group', 'others'): raise FtkitError(
         f'group={found.group}: an answer alone is no better than another')
     if not 0 < found.top_entropy <= 1: raise FtkitError(f'top_entropy={found.top_entropy}: must be above 0, at most 1')
-    if found.baseline == 'critic' and (found.scale == 'group' or found.loss_type in ('grpo', 'dr_grpo')): raise FtkitError(
-        f"a critic judges tokens: it goes with scale 'batch' or 'none' and a loss_type that averages over tokens")
-    if found.resample and (found.group < 2 or found.baseline == 'critic'): raise FtkitError(
+    judged = found.baseline == 'critic'
+    if judged and (found.scale == 'group' or found.loss_type in ('grpo', 'dr_grpo')): raise FtkitError(
+        "a critic judges tokens: it goes with scale 'batch' or 'none', and a loss_type that averages over tokens")
+    if found.resample and (judged or found.group < 2): raise FtkitError(
         f'resample={found.resample}: answers are compared with no other of their group')
     if found.kl_in_reward and found.beta and found.aggregation != 'sum_then_normalize': raise FtkitError(
         'kl_in_reward goes with sum_then_normalize only')
@@ -162,7 +170,7 @@ def _groups(data, how, engine, tok, functions, step, skip=0):
     "Rollouts of a step, scored"
     some = _drawn(data, how, step, skip)
     found = sample(engine, tok, [_prompt(r) for r in some], how.group, how.max_new_tokens, how.temperature,
-                   seed=hash((how.seed, step, skip)) % 2**31)
+                   seed=hash((how.seed, step, skip)) % 2**31, timeout=how.engine_timeout)
     flat,asked = [r for g in found for r in g],[row for row in some for _ in range(how.group)]
     texts = tok.batch_decode([r.ids for r in flat], skip_special_tokens=True)
     plain = all(isinstance(row['prompt'], str) for row in asked) # then rewards get texts, as from TRL
@@ -199,7 +207,8 @@ def _lay(groups, how, collator):
     batch = collator.lay([tree(g) for g in groups])
     trained = torch.as_tensor(np.concatenate([kept(r) for g in groups for r in g.rollouts]))
     gains = [torch.zeros(len(g.rollouts)) if g.gains is None else g.gains for g in groups]
-    return batch | dict(gains=torch.cat(gains), trained=trained)
+    sampled = torch.as_tensor(np.concatenate([r.logps for g in groups for r in g.rollouts])).float()
+    return batch | dict(gains=torch.cat(gains), trained=trained, sampled=sampled)
 
 def _parts(groups, how):
     "Groups that go through the model together"
@@ -229,29 +238,44 @@ def _scored(model, head, batch, entropy=False, critic=None):
                    shaped(critic(hidden)) if critic else None)
 
 # %% ../nbs/43_rl.ipynb #7a80a4e3
-def answer_losses(model,  # that is trained
-                  head,   # from `ftkit.logps.head`, at the temperature of sampling
-                  batch,  # of groups
-                  how,    # `Choices`
-                  metrics, # dict of name -> (sum, count), which is added to
-                  critic=None # hidden states -> values, if there is one
-                 ):       # loss of each answer, shape (n,)
+def _weights(how, old, sampled, entropies, mask):
+    "What each token counts, and which are trained because the policy hesitates there; None: all, and alike"
+    some = uncertain(entropies.detach(), mask, how.top_entropy) if how.top_entropy < 1 else None
+    if how.correction in (None, 'none'): return some, some
+    found = sampler_weights(old, sampled, mask, how.correction, how.correction_low, how.correction_high)
+    return found if some is None else found*some, some
+
+def _metrics(how, logps, old, sampled, entropies, mask, batch):
+    "What a pass shows: name -> (sum, count)"
+    limits = (1., how.epsilon_high-1) if how.loss_type == 'cispo' else (how.epsilon, how.epsilon_high)
+    found,said = policy_metrics(logps, old, batch['gains'], mask, how.level, *limits),mask & ~sampled.isnan()
+    found['entropy'] = (entropies*mask).sum(), mask.sum()
+    found['sampler_gap'] = ((old-sampled).abs().nan_to_num()*said).sum(), said.sum()
+    if 'old' not in batch: found['sampler_excess'] = ((old+entropies)*mask).sum(), mask.sum()
+    if 'ref' in batch: found['kl'] = (kl_penalty(logps, batch['ref'], how.kl)*mask).sum(), mask.sum()
+    return found
+
+def answer_losses(model,       # that is trained
+                  head,        # from `ftkit.logps.head`, at the temperature of sampling
+                  batch,       # of groups
+                  how,         # `Choices`
+                  metrics,     # dict of name -> (sum, count), which is added to
+                  critic=None  # hidden states -> values, if there is one
+                 ):            # loss of each answer, shape (n,)
     "Forward pass and loss of a batch"
     with autocast(model, how.precision): logps,mask,entropies,values = _scored(
         model, head, batch, True if how.entropy_coef else 'value', critic)
     old = batch['old'] if 'old' in batch else logps.detach() # fresh answers: the policy has not moved yet
-    some = uncertain(entropies.detach(), mask, how.top_entropy) if how.top_entropy < 1 else None
+    sampled = by_answer(batch['sampled'], batch['lengths'], batch['longest'])[0]
+    weights,some = _weights(how, old, sampled, entropies, mask)
     bonus = how.entropy_coef*entropies*(mask if some is None else some) if how.entropy_coef else None
+    beta = how.beta if 'ref' in batch and not how.kl_in_reward else 0.
     losses = grpo_loss(logps, old, batch['gains'], mask, how.loss_type, how.level, how.epsilon, how.epsilon_high,
-                       how.delta, 0. if how.kl_in_reward else how.beta*('ref' in batch), batch.get('ref'), how.kl, some,
-                       bonus, how.max_new_tokens)
-    limits = (1., how.epsilon_high-1) if how.loss_type == 'cispo' else (how.epsilon, how.epsilon_high)
-    found = policy_metrics(logps, old, batch['gains'], mask, how.level, *limits)
+                       how.delta, beta, batch.get('ref'), how.kl, weights, bonus, how.max_new_tokens)
+    found = _metrics(how, logps.detach(), old, sampled, entropies.detach(), mask, batch)
     if critic:
         wrong = value_loss(values, batch['values'], batch['returns'], mask, how.value_clip)
         losses,found['value_loss'] = losses + how.value_coef*wrong,(wrong.detach().sum(), mask.sum())
-    found['entropy'] = (entropies.detach()*mask).sum(), mask.sum()
-    if 'ref' in batch: found['kl'] = (kl_penalty(logps.detach(), batch['ref'], how.kl)*mask).sum(), mask.sum()
     for name,two in found.items(): metrics[name] = [x+y for x,y in zip(metrics.get(name, (0, 0)), two)]
     return losses
 
@@ -459,7 +483,7 @@ def rl(model,             # with an adapter, or to be trained as a whole
                     for batch in parts: state.backward(run.losses(batch, metrics).sum()/total)
                     state.update()
         state.step += 1
-        with run.stage('sync'): run.engine.sync(state.step)
+        with run.stage('sync'): run.sync()
         run.log(groups, metrics)
     return run.finish()
 
@@ -471,6 +495,7 @@ class _Run:
         self.out,self.tok,self.model,self.evaluate = Path(out or f'runs/{algorithm}'),tok,model,evaluate
         self.data,self.rewards = checked_rows(data),_functions(rewards, how)
         _may_write(self.out, resume, overwrite)
+        if engine and how.correction is None: how.correction = 'token_truncate'
         whole = find_head(model)
         self.head = Head(whole.layer, whole.scale/how.temperature, whole.softcap and whole.softcap/how.temperature)
         began = Reference(model, 'adapter' if changes_nothing(model) else 'copy') if how.beta else None
@@ -481,6 +506,8 @@ class _Run:
             f'{type(self.engine).__name__} is no engine: it must have sample(...) and sync(step)')
         if how.max_new_tokens >= _positions(self.engine): raise FtkitError(
             f'max_new_tokens={how.max_new_tokens} is more than the {_positions(self.engine)} the model can place')
+        self.fixed,self.known,self.finding = [prompt_ids(tok, _prompt(row)) for row in self.data[:2]],[],None
+        self.drawn = 0.,0 # sum of what drawn tokens are likelier than the entropy says, and their number
         self.begin(last_checkpoint(self.out) if resume else None, algorithm)
 
     def begin(self, checkpoint, algorithm):
@@ -491,6 +518,7 @@ class _Run:
         if not checkpoint: _remove(run_files(self.out))
         self.out.mkdir(parents=True, exist_ok=True)
         if checkpoint: self.resumed(checkpoint, fixed)
+        self.sync()
         self.model.train()
         record = fixed | dict(versions=_versions(), hardware=asdict(Device.detect()))
         _write_whole(self.out/'run.json', json.dumps(record, indent=1, default=str))
@@ -523,10 +551,40 @@ def examined(self:_Run):
 def write(self:_Run, entries, name='log.jsonl'):
     with (self.out/name).open('a') as f: f.writelines(json.dumps(e)+'\n' for e in entries)
 
+# %% ../nbs/43_rl.ipynb #18b9d98e
+@patch
+def sync(self:_Run):
+    "Hand the weights to the engine, and see that they arrived"
+    self.finding = None
+    self.engine.sync(self.state.step)
+    if getattr(self.engine, 'model', None) is self.model or not hasattr(self.engine, 'next_tokens'): return
+    finding = self.verified()
+    if finding and finding.startswith('stale'):
+        self.engine.sync(self.state.step)
+        finding = self.verified()
+        if finding and finding.startswith('stale'): raise FtkitError(f'step {self.state.step}: {finding}')
+    if finding: self.say(finding)
+    self.known = [*self.known[:1], self.now]
+
+@patch
+def verified(self:_Run):
+    "What is wrong with the engine's weights"
+    self.now,theirs = next_logps(self.model, self.fixed),self.engine.next_tokens(self.fixed)
+    said = [x for each in theirs for x in each.values()]
+    ours = lambda table: [table[i, t].item() for i,each in enumerate(theirs) for t in each]
+    found = [engine_finding(said, ours(self.now), ours(table)) for table in self.known or [self.now]]
+    return next((f for f in found if f and f.startswith('stale')), found[0])
+
+@patch
+def say(self:_Run, finding):
+    "Once for each kind"
+    self.finding = finding
+    warnings.warn(f'{type(self.engine).__name__}: {finding}', stacklevel=4)
+
 # %% ../nbs/43_rl.ipynb #45ecfb95
 @patch
-def losses(self:_Run, batch, metrics):
-    return answer_losses(self.model, self.head, batch, self.how, metrics, self.policy[-1])
+def losses(self:_Run, batch, metrics): return answer_losses(
+    self.model, self.head, batch, self.how, metrics, self.policy[-1])
 
 @patch
 @contextmanager
@@ -565,6 +623,16 @@ def _summary(groups, functions, how):
     return by | dict(reward=total.nanmean().item(), spread=sum(g.spread for g in groups)/len(groups),
                      truncated=sum(not r.stopped for r in all_)/len(all_), length=lengths.mean().item())
 
+# %% ../nbs/43_rl.ipynb #a8b07a8a
+@patch
+def watch(self:_Run, entry, excess):
+    "Are the answers of an engine what they are said to be?"
+    own = getattr(self.engine, 'model', None) is self.model
+    total,n = self.drawn = [x + float(y) for x,y in zip(self.drawn, excess)]
+    found = None if own or self.finding else answers_finding(entry.get('sampler_gap', 0.), total/max(1, n), n)
+    if found: self.say(found)
+    if self.finding: entry['engine'] = self.finding
+
 # %% ../nbs/43_rl.ipynb #818bb544
 @patch
 def log(self:_Run, groups, metrics):
@@ -573,6 +641,7 @@ def log(self:_Run, groups, metrics):
     entry = dict(step=state.step) | _summary(groups, self.rewards, how)
     effective = float(metrics.pop('effective_tokens', (0, 1))[0])/how.epochs
     entry |= {k: float(a/b) for k,(a,b) in metrics.items() if b}
+    self.watch(entry, metrics.get('sampler_excess', (0, 0)))
     entry |= dict(effective_tokens=effective, grad_norm=max(state.norms), seconds=self.took)
     state.norms = []
     due = state.step % how.eval_steps == 0 or state.step == how.steps
