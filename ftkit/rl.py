@@ -495,7 +495,8 @@ class _Run:
         self.out,self.tok,self.model,self.evaluate = Path(out or f'runs/{algorithm}'),tok,model,evaluate
         self.data,self.rewards = checked_rows(data),_functions(rewards, how)
         _may_write(self.out, resume, overwrite)
-        if engine and how.correction is None: how.correction = 'token_truncate'
+        self.own = engine is None or getattr(engine, 'model', None) is model # then the engine has the weights
+        if not self.own and how.correction is None: how.correction = 'token_truncate'
         whole = find_head(model)
         self.head = Head(whole.layer, whole.scale/how.temperature, whole.softcap and whole.softcap/how.temperature)
         began = Reference(model, 'adapter' if changes_nothing(model) else 'copy') if how.beta else None
@@ -557,7 +558,7 @@ def sync(self:_Run):
     "Hand the weights to the engine, and see that they arrived"
     self.finding = None
     self.engine.sync(self.state.step)
-    if getattr(self.engine, 'model', None) is self.model or not hasattr(self.engine, 'next_tokens'): return
+    if self.own or not hasattr(self.engine, 'next_tokens'): return
     finding = self.verified()
     if finding and finding.startswith('stale'):
         self.engine.sync(self.state.step)
@@ -627,9 +628,8 @@ def _summary(groups, functions, how):
 @patch
 def watch(self:_Run, entry, excess):
     "Are the answers of an engine what they are said to be?"
-    own = getattr(self.engine, 'model', None) is self.model
     total,n = self.drawn = [x + float(y) for x,y in zip(self.drawn, excess)]
-    found = None if own or self.finding else answers_finding(entry.get('sampler_gap', 0.), total/max(1, n), n)
+    found = None if self.own or self.finding else answers_finding(entry.get('sampler_gap', 0.), total/max(1, n), n)
     if found: self.say(found)
     if self.finding: entry['engine'] = self.finding
 

@@ -5,7 +5,7 @@ from ftkit.answers import AnswerCollator, best_layout
 from ftkit.chat import set_template
 from ftkit.core import FtkitError
 from ftkit.logps import Head, head as find_head
-from ftkit.rl import ALGORITHMS, Group, answer_losses, batches, choices, divisor, rehearse, rl, set_gains
+from ftkit.rl import ALGORITHMS, Group, _critic, answer_losses, batches, choices, divisor, rehearse, rl, set_gains
 from ftkit.rollout import HFEngine, Rollout
 from ftkit.tiny import tiny
 from ftkit.train import read_log
@@ -36,17 +36,25 @@ def fixed(seed=0):
 def gradients(model):
     return {n.replace('.default', ''): p.grad.clone() for n,p in model.named_parameters() if p.grad is not None}
 
+def judge(model, how):
+    "A critic with an opinion, if there is one"
+    if how.baseline != 'critic': return None
+    made = _critic(model, find_head(model))
+    torch.manual_seed(1)
+    for p in made.parameters(): torch.nn.init.normal_(p, std=.3)
+    return made
+
 def ours(how, layout=None, **more):
     "(loss, gradients) of a step of ours"
     model,tok = start()
     whole = find_head(model)
     collator = AnswerCollator(tok, model, layout or best_layout(model, tok))
-    policy = collator, model, Head(whole.layer, whole.scale/how.temperature, whole.softcap), None
+    policy = collator, model, Head(whole.layer, whole.scale/how.temperature, whole.softcap), None, judge(model, how)
     groups = fixed()
     set_gains(groups, how, *policy)
     loss = 0
     for batch in batches(groups, how, *policy):
-        x = answer_losses(model, policy[2], batch, how, {}).sum()/divisor(groups, how)
+        x = answer_losses(model, policy[2], batch, how, {}, policy[-1]).sum()/divisor(groups, how)
         x.backward()
         loss += x.item()
     return loss, gradients(model)
@@ -105,7 +113,7 @@ def test_the_update_equals_trls(tmp_path, case):
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 def test_layouts_and_micro_batches_change_nothing(algorithm):
     "Packed, padded, one group at a time: the same gradient"
-    how = lambda **o: choices(algorithm, group=G, prompts_per_step=N, max_new_tokens=LIMIT, **o)
+    how = lambda **o: choices(algorithm, group=G, prompts_per_step=N, max_new_tokens=LIMIT, minibatches=1, **o)
     loss,whole = ours(how())
     for other in (ours(how(), 'padded'), ours(how(), 'packed'), ours(how(micro_tokens=1))):
         assert abs(other[0]-loss) < 1e-6
@@ -133,11 +141,70 @@ def test_with_all_rewards_equal_not_a_bit_moves(tmp_path):
     assert all(torch.equal(p, before[n]) for n,p in model.named_parameters())
     assert [e['grad_norm'] for e in run.log] == [0.]*4 and run.log[-1]['spread'] == 0
 
+def test_ppo_equals_a_plain_one():
+    "One answer at a time: forward pass, advantages by their definition, clipped losses, all written out"
+    options = dict(group=G, prompts_per_step=N, max_new_tokens=LIMIT, gae_gamma=.95, gae_lambda=.8, minibatches=1)
+    how = choices('ppo', **options)
+    loss,grads = ours(how)
+    model,_ = start()
+    critic,each = judge(model, how),[]
+    for r,score in ((r, s[0]) for g in fixed() for r,s in zip(g.rollouts, g.scores)):
+        out,k = model(input_ids=torch.tensor([r.prompt_ids + r.ids]), output_hidden_states=True),len(r.prompt_ids)-1
+        logps = out.logits[0, k:-1].log_softmax(-1)[range(len(r.ids)), r.ids]
+        values = out.hidden_states[-1][0, k:-1] @ critic.weight[0] + critic.bias
+        v = values.tolist() + [0.]
+        wrong = [(score if t == len(r.ids)-1 else 0.) + .95*v[t+1] - v[t] for t in range(len(r.ids))]
+        gains = [sum((.95*.8)**(j-t)*wrong[j] for j in range(t, len(r.ids))) for t in range(len(r.ids))]
+        each.append((logps, values, torch.tensor(gains)))
+    logps,values,gains = map(torch.cat, zip(*each))
+    white = (gains - gains.mean())/(gains.std(correction=0) + 1e-8)
+    ratio = (logps - logps.detach()).exp()
+    policy = -torch.minimum(ratio*white, ratio.clamp(.8, 1.2)*white)
+    x = (policy + .1*.5*(values - (gains + values.detach()))**2).mean()
+    x.backward()
+    assert abs(x.item() - loss) < 1e-6
+    for n,g in gradients(model).items(): torch.testing.assert_close(grads[n], g, atol=1e-6, rtol=1e-4)
+
+def test_the_price_of_distance_comes_with_each_token():
+    "A policy that has moved: with a price the advantages are those of rewards less the log-ratios"
+    from ftkit.ppo import gae
+    from ftkit.reference import Reference
+    model,tok = start()
+    began = Reference(model, 'adapter')
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=.3)
+    how = lambda beta: choices('ppo', group=G, prompts_per_step=N, max_new_tokens=LIMIT, minibatches=1, scale='none',
+                               beta=beta)
+    def held(beta):
+        policy = AnswerCollator(tok, model), model, find_head(model), began, judge(model, how(beta))
+        set_gains(groups := fixed(), how(beta), *policy)
+        batch, = batches(groups, how(beta), *policy)
+        return batch
+    free,priced = held(0.),held(.5)
+    mask = torch.arange(free['longest']) < free['lengths'][:, None]
+    taken,_ = gae(-.5*(priced['old'] - priced['ref'])*mask, torch.zeros_like(priced['old']), mask)
+    assert taken.abs().max() > .1
+    torch.testing.assert_close(priced['gains'], free['gains'] + taken, atol=1e-5, rtol=1e-4)
+
+def test_unscored_and_cut_off_answers_teach_no_critic():
+    model,tok = start()
+    how = choices('ppo', group=G, prompts_per_step=N, max_new_tokens=LIMIT, minibatches=1, scale='none',
+                  mask_truncated=True)
+    groups = fixed()
+    groups[0].scores[1] = [float('nan')]
+    policy = AnswerCollator(tok, model), model, find_head(model), None, judge(model, how)
+    set_gains(groups, how, *policy)
+    batch, = batches(groups, how, *policy)
+    silent = [k for k,r in enumerate(r for g in groups for r in g.rollouts) if k == 1 or not r.stopped]
+    assert len(silent) > 1 and (batch['gains'].abs().sum(-1) == 0).nonzero().flatten().tolist() == silent
+    losses = answer_losses(model, policy[2], batch, how, {}, policy[-1])
+    assert (losses[silent] == 0).all() and (losses != 0).sum() == N*G-len(silent)
+
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 @pytest.mark.parametrize('more', [{}, dict(epochs=2, minibatches=2), dict(beta=.1), dict(entropy_coef=.01)], ids=str)
 def test_every_algorithm_runs_and_moves_the_policy(tmp_path, algorithm, more):
     model,tok = start()
-    run = rl(model, tok, ROWS, [vowels], algorithm, tmp_path/'run', **QUICK | more)
+    run = rl(model, tok, ROWS, [vowels], algorithm, tmp_path/'run', **QUICK | dict(minibatches=1) | more)
     assert len(run.log) == 4 and all(e['grad_norm'] > 0 for e in run.log)
     first = run.log[0]
     if not more: assert abs(first['ratio']-1) < 1e-5 and first['approx_kl'] < 1e-8 and first['clip_share'] == 0
@@ -170,7 +237,7 @@ from test_rl import *
 rl(*start(), ROWS, vowels, sys.argv[3], sys.argv[1], **QUICK | dict(steps=12))
 '''
 
-@pytest.mark.parametrize('algorithm', ['grpo', 'rloo'])
+@pytest.mark.parametrize('algorithm', ['grpo', 'rloo', 'ppo'])
 def test_killed_and_resumed_equals_unbroken(tmp_path, algorithm):
     options = QUICK | dict(steps=12)
     whole = rl(*start(), ROWS, vowels, algorithm, tmp_path/'whole', **options)
@@ -324,8 +391,8 @@ def test_two_rewards_of_one_name_and_numbers_of_any_kind(tmp_path):
     run = rl(*start(), ROWS, [a, b], 'grpo', tmp_path/'run', evaluate=evaluate, weights=[.1, 1.], **QUICK)
     assert {'rewards/a 1', 'rewards/a 2'} <= {*run.log[1]} and run.log[0]['eval_a'] == 1.5
 
-@pytest.mark.parametrize('precision', ['bf16'])
-@pytest.mark.parametrize('more', [{}, dict(beta=.1), dict(epochs=2)], ids=str)
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+@pytest.mark.parametrize('more', [{}, dict(beta=.1), dict(epochs=2), dict(baseline='critic', scale='batch', loss_type='dapo')], ids=str)
 def test_half_the_bits(tmp_path, precision, more):
     model,tok = start()
     run = rl(model, tok, ROWS, vowels, 'grpo', tmp_path/'run', precision=precision, **QUICK | more)
