@@ -5,12 +5,15 @@
 The embedded model with LoRA, 8 prompts with 8 answers of at most 48 tokens in each step, one update. Two mixes: every
 group has answers that differ in reward, and half of the groups have none. Each side runs in a process of its own, in
 turns; the better of two runs counts. Three minutes on two cores. Prints a line for each side and mix, and what each
-stage of our step takes; writes bench/grpo.json.
+stage of our step takes, beside what its matrix products alone would take at the rate of this machine for products of
+its shape: the limit. Writes bench/grpo.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
 import json, resource, subprocess, sys, tempfile, time, zlib
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -34,14 +37,41 @@ def model():
     # without trained rows of tokens, which TRL's trainer cannot read
     return load_model('embedded', tok, precision='fp32', trainable_token_indices=None), tok
 
+OPTIONS = dict(overwrite=True, resample=0, prompts_per_step=PROMPTS, group=GROUP, max_new_tokens=TOKENS,
+               learning_rate=1e-5, save_steps=10**6)
+
+def limits(mix, folder):
+    "Seconds that the matrix products of each stage would take alone"
+    from torch.utils.flop_counter import FlopCounterMode
+    from ftkit import rl
+    net,tok = model()
+    hidden,inner,work = net.config.hidden_size,net.config.intermediate_size,{}
+    def rate(rows):
+        a,b,times = torch.randn(rows, hidden, device=net.device),torch.randn(hidden, inner, device=net.device),[]
+        for _ in range(50):
+            start = time.perf_counter()
+            for _ in range(10): a@b
+            if GPU: torch.cuda.synchronize()
+            times.append((time.perf_counter()-start)/10)
+        return 2*a.numel()*inner/min(times)
+    def counted(stage):
+        @contextmanager
+        def inside(self, what):
+            with FlopCounterMode(display=False) as counter, stage(self, what): yield
+            work[what] = counter.get_total_flops()
+        return inside
+    with patch.object(rl._Run, 'stage', counted(rl._Run.stage)):
+        rl.rl(net, tok, data(), reward(mix), 'dapo', f'{folder}/limit', steps=2, **OPTIONS)
+    rows = dict({'sample and score': PROMPTS*GROUP}, update=PROMPTS*GROUP*TOKENS//2)
+    return {k: work[k]/rate(n) for k,n in rows.items()}
+
 def one(which, mix, steps, folder):
     "Print a run's figures as JSON"
     stages = {}
     def ours(n):
         from ftkit.rl import rl
         net,tok = model()
-        run = rl(net, tok, data(), reward(mix), 'dapo', f'{folder}/ftkit', overwrite=True, resample=0, steps=n,
-                 prompts_per_step=PROMPTS, group=GROUP, max_new_tokens=TOKENS, learning_rate=1e-5, save_steps=10**6)
+        run = rl(net, tok, data(), reward(mix), 'dapo', f'{folder}/ftkit', steps=n, **OPTIONS)
         stages.clear()
         for e in run.log[1:]:
             for k,v in e['seconds'].items(): stages[k] = stages.get(k, 0) + v/(n-1)
@@ -61,10 +91,12 @@ def one(which, mix, steps, folder):
     def timed(n):
         start = time.perf_counter()
         return (ours if which == 'ftkit' else theirs)(n), time.perf_counter()-start
+    best = limits(mix, folder) if which == 'ftkit' else {}
     timed(2)
     first,(lengths,whole) = timed(2)[1],timed(steps+2)
     peak = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-    print(json.dumps(dict(seconds=(whole-first)/steps, length=sum(lengths)/len(lengths), peak=peak, stages=stages)))
+    found = dict(seconds=(whole-first)/steps, length=sum(lengths)/len(lengths), peak=peak, stages=stages, limits=best)
+    print(json.dumps(found))
 
 def main(steps=STEPS, rounds='2'):
     found = {}
@@ -81,7 +113,8 @@ def main(steps=STEPS, rounds='2'):
                       f"{r['length']:.0f} tokens an answer")
             faster,memory = b['seconds']/a['seconds'],a['peak']/b['peak']
             print(f"{mix}: {faster:.2f} times TRL's steps/s, {memory:.2f} of its memory;",
-                  ', '.join(f'{k} {v*1000:.0f} ms' for k,v in a['stages'].items()))
+                  ', '.join(f'{k} {v*1000:.0f} ms' + (f" (limit {a['limits'][k]*1000:.0f})" if k in a['limits'] else '')
+                            for k,v in a['stages'].items()))
     (HERE/'grpo.json').write_text(json.dumps(found, indent=1))
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 """The whole loop on one screen: prompts, rollouts, rewards, advantages, log-probabilities, loss, step, log
 
 `rl` trains a model on answers it writes itself, scored by reward functions. Algorithms are small choices, not classes:
-`ALGORITHMS` says which. Hardly a token is padding, a prompt is computed once for its group, and groups in which no answer is better
-than another cost no backward pass. `rehearse` looks, before anything is trained, whether there is something to learn.
+`ALGORITHMS` says which: GRPO and its kin, RLOO, REINFORCE, PPO with a critic. Hardly a token is padding, a prompt is
+computed once for its group, and groups in which no answer is better than another cost no backward pass. An engine of its own may
+sample, which is then watched. `rehearse` looks, before anything is trained, whether there is something to learn.
 
 Docs: https://ftkit.github.io/ftkit/rl.html.md"""
 
@@ -15,13 +16,13 @@ __all__ = ['ALGORITHMS', 'Choices', 'choices', 'Group', 'checked_rows', 'collect
 # %% ../nbs/43_rl.ipynb #e0f7ea90
 import hashlib, json, random, time, warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from .answers import AnswerCollator, best_layout, model_inputs, on_device
-from .core import Device, FtkitError
+from .core import Device, FtkitError, progress
 from .grpo import AGGREGATIONS, BASELINES, CORRECTIONS, KLS, LEVELS, LOSS_TYPES, SCALES
 from .grpo import add_rewards, advantages, grpo_loss, kl_penalty, policy_metrics, sampler_weights, uncertain
 from .logps import Head, by_answer, head as find_head, hidden_states
@@ -31,7 +32,8 @@ from .ppo import gae, value_loss
 from .reference import Reference, changes_nothing
 from .rewards import name_of, score_all
 from .rollout import HFEngine, _positions, answers_finding, engine_finding, next_logps, sample
-from .train import Run, _may_write, _remove, _start, _versions, _write_whole, last_checkpoint, read_log, run_files
+from .train import Run, _may_write, _peak, _remove, _start, _versions, _write_whole
+from .train import last_checkpoint, read_log, run_files
 
 # %% ../nbs/43_rl.ipynb #0e2f7314
 @dataclass
@@ -68,7 +70,7 @@ class Choices:
     resample: int = 0              # times that groups without spread are replaced (dynamic sampling)
     epochs: int = 1                # passes over the answers of a step
     minibatches: int = 1           # updates in a pass
-    micro_tokens: int = 8192       # that go through the model at once, unless one group has more
+    micro_tokens: int = 8192       # that go through the model at once, unless one answer has more
     learning_rate: float = 1e-5
     lr_scheduler_type: str = 'constant_with_warmup'
     warmup_steps: int = 0
@@ -210,10 +212,21 @@ def _lay(groups, how, collator):
     sampled = torch.as_tensor(np.concatenate([r.logps for g in groups for r in g.rollouts])).float()
     return batch | dict(gains=torch.cat(gains), trained=trained, sampled=sampled)
 
+def _cut(g, most):
+    "A group in parts of at most so many tokens, or of one answer"
+    parts,room = [],-1
+    for k,r in enumerate(g.rollouts):
+        if len(r.ids) > room: parts,room = [*parts, []],most - len(r.prompt_ids)
+        parts[-1].append(k)
+        room -= len(r.ids)
+    some = lambda xs, ks: None if xs is None else xs[ks[0]:ks[-1]+1]
+    if len(parts) == 1: return [g]
+    return [replace(g, rollouts=some(g.rollouts, ks), gains=some(g.gains, ks)) for ks in parts]
+
 def _parts(groups, how):
     "Groups that go through the model together"
     parts,room = [],0
-    for g in groups:
+    for g in (part for g in groups for part in _cut(g, how.micro_tokens)):
         size = len(g.rollouts[0].prompt_ids) + sum(len(r.ids) for r in g.rollouts)
         if not parts or size > room: parts,room = [*parts, []],how.micro_tokens
         parts[-1].append(g)
@@ -405,7 +418,7 @@ def _critic(model, head):
     for p in layer.parameters(): torch.nn.init.zeros_(p)
     return layer
 
-def _judge(batches, seen, parts, how):
+def _judge(batches, seen, groups, how):
     "Advantages and returns of each token, by the critic before it moves"
     import torch
     masks = []
@@ -420,7 +433,7 @@ def _judge(batches, seen, parts, how):
         batch['values'] = said.values
         masks.append(mask)
     each = torch.cat([b['gains'].sum(-1)/m.sum(-1).clamp(min=1) for b,m in zip(batches, masks)]).cpu()
-    for g,gains in zip(sum(parts, []), each.split(how.group)): g.gains = gains
+    for g,gains in zip(groups, each.split(how.group)): g.gains = gains
     if how.scale == 'none': return
     every = torch.cat([b['gains'][m] for b,m in zip(batches, masks)])
     for b,m in zip(batches, masks): b['gains'] = (b['gains']-every.mean())/(every.std(correction=0)+1e-8)*m
@@ -437,15 +450,15 @@ def batches(groups,   # with advantages
     "Batches of the groups that teach something, with what must be known of them before the policy moves"
     priced = how.beta and (critic or not how.kl_in_reward)
     every = priced or critic or how.entropy_coef or how.top_entropy < 1 # whose threshold is that of all tokens
-    out,seen,parts = [],[],_parts([g for g in groups if every or g.gains.any()], how)
-    for part in parts:
+    out,seen,lively = [],[],[g for g in groups if every or g.gains.any()]
+    for part in _parts(lively, how):
         batch = on_device(_lay(part, how, collator), model.device)
         with _quiet(model, how.precision):
             if critic or how.epochs*how.minibatches > 1: seen.append(_scored(model, head, batch, critic=critic))
         if seen: batch['old'] = seen[-1].logps
         if priced: batch['ref'] = _before(batch, how, model, head, began)
         out.append(batch)
-    if critic: _judge(out, seen, parts, how)
+    if critic: _judge(out, seen, lively, how)
     return out
 
 def divisor(groups, # of an update
@@ -471,7 +484,7 @@ def rl(model,             # with an adapter, or to be trained as a whole
     "Train a model on its own answers; raises `FtkitError` before anything is written if data or options are wrong"
     run = _Run(model, tok, data, rewards, algorithm, out, engine, evaluate, resume, overwrite, options)
     how,state,policy = run.how,run.state,run.policy
-    while state.step < how.steps:
+    for _ in run.steps():
         with run.stage('sample and score'): groups = collect(run.data, how, run.engine, tok, run.rewards, state.step)
         with run.stage('advantages'): set_gains(groups, how, *policy)
         metrics,size = {},len(groups)//how.minibatches
@@ -596,6 +609,15 @@ def luck(self:_Run):
         torch.manual_seed(self.how.seed*1_000_003 + self.state.step)
         yield
 
+# %% ../nbs/43_rl.ipynb #74c92b21
+@patch
+def steps(self:_Run):
+    "Those that are left, with a bar that says the last reward"
+    bar = progress(range(self.state.step, self.how.steps), 'training')
+    for k in bar:
+        yield k
+        bar.set_postfix(reward=self.reward)
+
 @patch
 @contextmanager
 def stage(self:_Run, what):
@@ -642,6 +664,7 @@ def log(self:_Run, groups, metrics):
     effective = float(metrics.pop('effective_tokens', (0, 1))[0])/how.epochs
     entry |= {k: float(a/b) for k,(a,b) in metrics.items() if b}
     self.watch(entry, metrics.get('sampler_excess', (0, 0)))
+    self.reward = f"{entry['reward']:.3f}"
     entry |= dict(effective_tokens=effective, grad_norm=max(state.norms), seconds=self.took)
     state.norms = []
     due = state.step % how.eval_steps == 0 or state.step == how.steps
@@ -663,13 +686,16 @@ class Rehearsal:
     truncated: float   # share of answers cut off
     spread: float      # share of groups in which some answer is better than another
     reward: float      # mean
+    quartiles: list    # of the rewards: least, a quarter, half, three quarters, most
     unscored: float    # share of answers no reward function applies to
     seconds: float     # for all of them
+    peak_memory: int   # bytes that were in use at most, of the GPU or of the process
     findings: list     # what stands in the way
     groups: list = field(default_factory=list, repr=False)
 
     def __repr__(self):
-        numbers = f'{self.truncated:.0%} cut off, {self.spread:.0%} of groups with spread, reward {self.reward:.3f}'
+        numbers = (f'{self.truncated:.0%} cut off, {self.spread:.0%} of groups with spread, reward {self.reward:.3f} '
+                   f"({' '.join(f'{q:.3g}' for q in self.quartiles)})")
         return '\n'.join([numbers, *(self.findings or ['there is something to learn'])])
 
 # %% ../nbs/43_rl.ipynb #b0fc0212
@@ -687,11 +713,15 @@ def rehearse(model,            # as for `rl`
     functions,start = _functions(rewards, how),time.perf_counter()
     groups = collect(checked_rows(data), how, engine or HFEngine(model, tok), tok, functions, 0)
     took,found = time.perf_counter()-start,_summary(groups, functions, how)
-    unscored = sum(all(x != x for x in s) for g in groups for s in g.scores)/len(groups)/how.group
+    total = add_rewards([s for g in groups for s in g.scores], how.weights)
+    known = total[~total.isnan()]
+    quartiles = known.quantile(known.new_tensor([0, .25, .5, .75, 1])).tolist() if len(known) else []
+    unscored = 1 - len(known)/len(total)
     says = [text for wrong,text in (
         (found['truncated'] > .5,
          f"{found['truncated']:.0%} of the answers are cut off at max_new_tokens={how.max_new_tokens}: raise it"),
         (found['spread'] < .2, f"only {found['spread']:.0%} of the groups have answers that differ in reward: easier "
          'or harder prompts, a larger group, a higher temperature, or SFT first'),
         (unscored > .1, f'{unscored:.0%} of the answers are scored by no reward function')) if wrong]
-    return Rehearsal(found['truncated'], found['spread'], found['reward'], unscored, round(took, 1), says, groups)
+    return Rehearsal(found['truncated'], found['spread'], found['reward'], quartiles, unscored, round(took, 1), _peak(),
+                     says, groups)

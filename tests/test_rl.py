@@ -391,8 +391,10 @@ def test_two_rewards_of_one_name_and_numbers_of_any_kind(tmp_path):
     run = rl(*start(), ROWS, [a, b], 'grpo', tmp_path/'run', evaluate=evaluate, weights=[.1, 1.], **QUICK)
     assert {'rewards/a 1', 'rewards/a 2'} <= {*run.log[1]} and run.log[0]['eval_a'] == 1.5
 
+CRITIC = dict(baseline='critic', scale='batch', loss_type='dapo')
+
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-@pytest.mark.parametrize('more', [{}, dict(beta=.1), dict(epochs=2), dict(baseline='critic', scale='batch', loss_type='dapo')], ids=str)
+@pytest.mark.parametrize('more', [{}, dict(beta=.1), dict(epochs=2), CRITIC], ids=str)
 def test_half_the_bits(tmp_path, precision, more):
     model,tok = start()
     run = rl(model, tok, ROWS, vowels, 'grpo', tmp_path/'run', precision=precision, **QUICK | more)
