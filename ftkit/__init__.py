@@ -33,6 +33,7 @@ Modules:
 - `ftkit.sandbox`: Run what a model wrote: it can compute, print, and write into an empty folder, and nothing else
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
+- `ftkit.simulate`: One real training step without weights, numbers or a GPU: every allocation it would make, and the memory that takes
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
 - `ftkit.train`: One trainer for every objective, which goes on from its last checkpoint after a kill

@@ -58,7 +58,7 @@ class Choices:
     kl_in_reward: bool = False     # the sum of log-ratios, taken off the reward, instead of `kl` in the loss
     gae_gamma: float = 1.          # with a critic: what a later reward is worth
     gae_lambda: float = .95        # from 0, trust the critic, to 1, trust the rewards
-    value_coef: float = .1         # weight of its loss
+    value_coef: float = 1.         # weight of its loss
     value_clip: float = .2         # how far its values may move
     entropy_coef: float = 0.       # what indecision earns
     top_entropy: float = 1.        # share of the tokens that go through the model at once, the most undecided, to train

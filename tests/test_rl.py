@@ -160,7 +160,7 @@ def test_ppo_equals_a_plain_one():
     white = (gains - gains.mean())/(gains.std(correction=0) + 1e-8)
     ratio = (logps - logps.detach()).exp()
     policy = -torch.minimum(ratio*white, ratio.clamp(.8, 1.2)*white)
-    x = (policy + .1*.5*(values - (gains + values.detach()))**2).mean()
+    x = (policy + .5*(values - (gains + values.detach()))**2).mean()
     x.backward()
     assert abs(x.item() - loss) < 1e-6
     for n,g in gradients(model).items(): torch.testing.assert_close(grads[n], g, atol=1e-6, rtol=1e-4)
