@@ -14,6 +14,7 @@ __all__ = ['PRECISIONS', 'ROUTES', 'PROMPTS', 'load_tokenizer', 'grow_embeddings
 
 # %% ../nbs/22_models.ipynb #602b2592
 import json, logging, math, shutil
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -308,21 +309,33 @@ def evaluating(model # any
     finally: model.train(was_training)
 
 # %% ../nbs/22_models.ipynb #87970cd5
+def _foldable(model):
+    "(adapted layers, (parameter, its values) of what is below them); none if it would not compute the same"
+    import torch
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not (m.merged or m.disable_adapters)]
+    below = [(layer, p) for layer in layers for p in layer.get_base_layer().parameters()]
+    # what a layer shares with another, as embeddings and a tied head, would change for both
+    shared = any(owners[id(p)] > 1 for layer,p in below if not isinstance(layer, TrainableTokensLayer))
+    if shared or any(p.dtype != torch.float32 for _,p in below): return [], []
+    return layers, [(p, p.data) for _,p in below]
+
 @contextmanager
 def folded(model # any
           ):     # while it lasts: the same with fewer products, for the memory of a second copy of its weights
     "Adapters added to a copy of the weights, where these are in float32"
-    import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not (m.merged or m.disable_adapters)]
-    kept = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters()]
-    if any(x.dtype != torch.float32 for _,x in kept): layers = []
-    try:
-        for layer in layers: layer.merge(safe_merge=True)
-        yield
-    finally:
+    layers,kept = _foldable(model)
+    def back():
         for p,x in kept: p.data = x
         for layer in layers: layer.merged_adapters.clear()
+    try:
+        try:
+            for layer in layers: layer.merge(safe_merge=True)
+        except (RuntimeError, NotImplementedError, ValueError): back() # one that PEFT cannot merge
+        yield
+    finally: back()
 
 # %% ../nbs/22_models.ipynb #d8f050b0
 @contextmanager

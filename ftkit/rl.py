@@ -118,8 +118,10 @@ def choices(algorithm, # a key of `ALGORITHMS`
         "a critic judges tokens: it goes with scale 'batch' or 'none', and a loss_type that averages over tokens")
     if found.resample and (judged or found.group < 2): raise FtkitError(
         f'resample={found.resample}: answers are compared with no other of their group')
-    if found.kl_in_reward and found.beta and found.aggregation != 'sum_then_normalize': raise FtkitError(
-        'kl_in_reward goes with sum_then_normalize only')
+    if found.group < 2 and (found.scale == 'group' or found.aggregation == 'normalize_then_sum'): raise FtkitError(
+        f'group={found.group}: the rewards of one answer have no deviation to be divided by')
+    if found.aggregation != 'sum_then_normalize' and (judged or found.kl_in_reward and found.beta): raise FtkitError(
+        f"{'a critic' if judged else 'kl_in_reward'} goes with sum_then_normalize only")
     if found.temperature <= 0: raise FtkitError(f'temperature={found.temperature}: answers to learn from must differ')
     if found.prompts_per_step % found.minibatches: raise FtkitError(
         f'{found.prompts_per_step} prompts are no {found.minibatches} equal minibatches')
@@ -264,7 +266,8 @@ def _metrics(how, logps, old, sampled, entropies, mask, batch):
     found,said = policy_metrics(logps, old, batch['gains'], mask, how.level, *limits),mask & ~sampled.isnan()
     found['entropy'] = (entropies*mask).sum(), mask.sum()
     found['sampler_gap'] = ((old-sampled).abs().nan_to_num()*said).sum(), said.sum()
-    if 'old' not in batch: found['sampler_excess'] = ((old+entropies)*mask).sum(), mask.sum()
+    before = batch.pop('entropy', None) if 'old' in batch else entropies # of the policy that sampled, once
+    if before is not None: found['sampler_excess'] = ((old+before)*mask).sum(), mask.sum()
     if 'ref' in batch: found['kl'] = (kl_penalty(logps, batch['ref'], how.kl)*mask).sum(), mask.sum()
     return found
 
@@ -403,6 +406,7 @@ def set_gains(groups, # of a step; they are changed
     far = _distances(groups, how, *policy[:4]) if how.kl_in_reward and how.beta and not judged else None
     if far: scores = add_rewards(scores, how.weights) - how.beta*torch.tensor(far)
     weights = how.weights if scores.dim() > 1 else None
+    if judged and scores.isinf().any(): raise FtkitError('a reward is infinite')
     found = add_rewards(scores, weights).float() if judged else advantages(
         scores, how.group, how.scale, how.baseline, weights, how.aggregation)
     for i,g in enumerate(groups): g.gains = found[i*how.group:(i+1)*how.group]
@@ -428,14 +432,14 @@ def _judge(batches, seen, groups, how):
         mask = said.mask & scored[:, None]
         last = torch.arange(mask.shape[1], device=mask.device) == batch['lengths'][:, None]-1
         rewards = batch['gains'].nan_to_num()[:, None]*last
-        if 'ref' in batch: rewards = rewards - how.beta*(said.logps-batch['ref'])*mask
+        if how.kl_in_reward and 'ref' in batch: rewards = rewards - how.beta*(said.logps-batch['ref'])*mask
         batch['gains'],batch['returns'] = gae(rewards, said.values, mask, how.gae_gamma, how.gae_lambda)
         batch['values'] = said.values
         masks.append(mask)
     each = torch.cat([b['gains'].sum(-1)/m.sum(-1).clamp(min=1) for b,m in zip(batches, masks)]).cpu()
     for g,gains in zip(groups, each.split(how.group)): g.gains = gains
-    if how.scale == 'none': return
     every = torch.cat([b['gains'][m] for b,m in zip(batches, masks)])
+    if how.scale == 'none' or not len(every): return
     for b,m in zip(batches, masks): b['gains'] = (b['gains']-every.mean())/(every.std(correction=0)+1e-8)*m
 
 # %% ../nbs/43_rl.ipynb #c5bf608d
@@ -454,8 +458,8 @@ def batches(groups,   # with advantages
     for part in _parts(lively, how):
         batch = on_device(_lay(part, how, collator), model.device)
         with _quiet(model, how.precision):
-            if critic or how.epochs*how.minibatches > 1: seen.append(_scored(model, head, batch, critic=critic))
-        if seen: batch['old'] = seen[-1].logps
+            if critic or how.epochs*how.minibatches > 1: seen.append(_scored(model, head, batch, 'value', critic))
+        if seen: batch |= dict(old=seen[-1].logps, entropy=seen[-1].entropy)
         if priced: batch['ref'] = _before(batch, how, model, head, began)
         out.append(batch)
     if critic: _judge(out, seen, lively, how)
@@ -508,7 +512,8 @@ class _Run:
         self.out,self.tok,self.model,self.evaluate = Path(out or f'runs/{algorithm}'),tok,model,evaluate
         self.data,self.rewards = checked_rows(data),_functions(rewards, how)
         _may_write(self.out, resume, overwrite)
-        self.own = engine is None or getattr(engine, 'model', None) is model # then the engine has the weights
+        self.own = engine is None or isinstance(engine, HFEngine) and engine.model is model # it has the weights
+        if self.own and how.engine_timeout: raise FtkitError('engine_timeout is for an engine with weights of its own')
         if not self.own and how.correction is None: how.correction = 'token_truncate'
         whole = find_head(model)
         self.head = Head(whole.layer, whole.scale/how.temperature, whole.softcap and whole.softcap/how.temperature)
@@ -521,7 +526,7 @@ class _Run:
         if how.max_new_tokens >= _positions(self.engine): raise FtkitError(
             f'max_new_tokens={how.max_new_tokens} is more than the {_positions(self.engine)} the model can place')
         self.fixed,self.known,self.finding = [prompt_ids(tok, _prompt(row)) for row in self.data[:2]],[],None
-        self.drawn = 0.,0 # sum of what drawn tokens are likelier than the entropy says, and their number
+        self.said,self.drawn = set(),(0., 0) # of tokens: what they are likelier than the entropy says, and how many
         self.begin(last_checkpoint(self.out) if resume else None, algorithm)
 
     def begin(self, checkpoint, algorithm):
@@ -543,7 +548,7 @@ class _Run:
 def resumed(self:_Run, checkpoint, fixed):
     "Take up where a checkpoint was written"
     before,mine = json.loads((self.out/'run.json').read_text()),json.loads(json.dumps(fixed))
-    free = 'steps', 'save_steps', 'eval_steps' # which may be others
+    free = 'steps', 'save_steps', 'eval_steps', 'engine_timeout' # which may be others
     both = [{f'{k}.{n}' if isinstance(v, dict) else k: x for k,v in r.items() if k in fixed
              for n,x in (v.items() if isinstance(v, dict) else [('', v)]) if n not in free} for r in (mine, before)]
     if odd := [k for k,v in both[0].items() if v != both[1].get(k)]: raise FtkitError(
@@ -592,8 +597,9 @@ def verified(self:_Run):
 @patch
 def say(self:_Run, finding):
     "Once for each kind"
-    self.finding = finding
-    warnings.warn(f'{type(self.engine).__name__}: {finding}', stacklevel=4)
+    self.finding,kind = finding,finding.split(':')[0]
+    if kind not in self.said: warnings.warn(f'{type(self.engine).__name__}: {finding}', stacklevel=4)
+    self.said.add(kind)
 
 # %% ../nbs/43_rl.ipynb #45ecfb95
 @patch
@@ -643,7 +649,9 @@ def _summary(groups, functions, how):
     names = [f'{n} {k}' if names.count(n) > 1 else n for k,n in enumerate(names, 1)]
     by = {f'rewards/{n}': x.nanmean().item() for n,x in zip(names, scores.T)}
     lengths = torch.tensor([float(len(r.ids)) for r in all_])
-    return by | dict(reward=total.nanmean().item(), spread=sum(g.spread for g in groups)/len(groups),
+    alone = how.baseline not in ('group', 'others') # then answers to all prompts are compared
+    spread = len({*total[~total.isnan()].tolist()}) > 1 if alone else sum(g.spread for g in groups)/len(groups)
+    return by | dict(reward=total.nanmean().item(), spread=float(spread),
                      truncated=sum(not r.stopped for r in all_)/len(all_), length=lengths.mean().item())
 
 # %% ../nbs/43_rl.ipynb #a8b07a8a

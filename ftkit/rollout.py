@@ -12,7 +12,7 @@ Docs: https://ftkit.github.io/ftkit/rollout.html.md"""
 __all__ = ['Rollout', 'draw', 'HFEngine', 'sample', 'engine_finding', 'next_logps', 'answers_finding', 'VLLMEngine', 'VLLMServer']
 
 # %% ../nbs/42_rollout.ipynb #734ef546
-import os, shutil, subprocess, sys, tempfile, threading, time, weakref
+import os, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -144,6 +144,7 @@ class HFEngine:
 def _positions(engine):
     "How many tokens its model can place"
     config = getattr(getattr(engine, 'model', None), 'config', None)
+    if most := getattr(engine, 'max_length', None): return most
     return getattr(config and config.get_text_config(), 'max_position_embeddings', None) or float('inf')
 
 def _in_time(call, seconds, engine):
@@ -206,7 +207,7 @@ def engine_finding(theirs,     # what the engine says of some tokens, list of lo
     now,then = far(theirs, ours),far(theirs, before) if before else float('inf')
     moved = far(ours, before) if before else 0.
     if before and moved > 0 and then < now and then < .5*moved: return (
-        f'stale weights: the engine is {then:.2g} from what the trainer said before its last step, {now:.2g} from now')
+        f'stale weights: the engine is {then:.2g} from what the trainer said earlier, {now:.2g} from now')
     if now > limit: return f'another arithmetic: the engine is {now:.2g} a token from the trainer, more than {limit}'
 
 def next_logps(model,    # that is trained
@@ -225,10 +226,11 @@ def answers_finding(gap,      # mean distance of the engine's log-probabilities 
                     tail=.03  # largest excess, nats, for as many tokens as make it more than chance
                    ):         # text, or None
     "Are these answers what they are said to be?"
-    text = gap > limit and excess < -gap/2 # they are the log-probabilities of other tokens
-    if text: return f'another text: what the engine said is {gap:.2g} a token from what the trainer says of its ids'
-    if gap > limit or n and excess > max(tail, 5/n**.5): return (
+    if excess > tail and (gap > limit or excess > 5/max(1, n)**.5): return (
         f'a cut tail: drawn tokens are {excess:.2g} likelier than the entropy says, as with top_p or a low temperature')
+    if gap <= limit: return None
+    if excess < -gap/2: return f'another text: the engine is {gap:.2g} from what the trainer says of the tokens it gave'
+    return f'another arithmetic: the engine is {gap:.2g} a token from the trainer, more than {limit}'
 
 # %% ../nbs/42_rollout.ipynb #a026b131
 def _adapter_only(model):
@@ -259,11 +261,13 @@ class _Follower:
     def __init__(self, model, tok, path=None):
         self.model,self.tok,self.stops,self.count = model,tok,stop_ids(tok),0
         if not self.stops: raise FtkitError('this tokenizer has no token that ends an answer')
-        self.adapter,self.folder = _adapter_only(model),tempfile.TemporaryDirectory(prefix='ftkit-weights-')
-        self.name = self.last = None
+        self.folder,self.name,self.last = tempfile.TemporaryDirectory(prefix='ftkit-weights-'),None,None
         named = path or (getattr(model, 'ftkit', None) or {}).get('model')
-        if named == 'embedded': named = str(base())
-        self.path = str(named) if named and self.adapter else _write_weights(model, tok, Path(self.folder.name)/'start')
+        self.adapter = bool(named) and _adapter_only(model)
+        if path and not self.adapter: raise FtkitError(f'path={path}: this model has more than a plain adapter: it is '
+            'handed over as a whole, without path')
+        self.path = str(base() if named == 'embedded' else named) if self.adapter else _write_weights(
+            model, tok, Path(self.folder.name)/'start')
 
     def write(self, step):
         "Write what is trained, delete what was written before; (a name no other weights have had, folder)"
@@ -271,9 +275,10 @@ class _Follower:
         self.count += 1
         self.name = f'{Path(self.folder.name).name}-step-{step}-{self.count}'
         self.last = Path(self.folder.name)/self.name
-        if self.adapter: self.model.save_pretrained(self.last)
-        else: _write_weights(self.model, self.tok, self.last)
-        return self.name, str(self.last)
+        if not self.adapter: return self.name, _write_weights(self.model, self.tok, self.last)
+        active, = self.model.active_adapters
+        self.model.save_pretrained(self.last, selected_adapters=[active], save_embedding_layers=False)
+        return self.name, str(self.last if active == 'default' else self.last/active)
 
 # %% ../nbs/42_rollout.ipynb #3f101893
 class _VLLM:
@@ -296,8 +301,10 @@ class _VLLM:
 
 def _rank(model):
     "The rank vLLM must make room for, one of those it knows"
-    ranks = [r for c in model.peft_config.values() for r in (c.r, *c.rank_pattern.values())]
-    return next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= max(ranks))
+    c = model.peft_config[model.active_adapters[0]]
+    most,known = max(c.r, *c.rank_pattern.values(), 1),(8, 16, 32, 64, 128, 256, 320, 512)
+    if most > known[-1]: raise FtkitError(f'r={most}: vLLM takes adapters up to rank {known[-1]}')
+    return next(r for r in known if r >= most)
 
 def _vllm_options(model, at, max_length):
     "What both kinds are started with: log-probabilities are those at the temperature of sampling"
@@ -318,7 +325,7 @@ class VLLMEngine(_VLLM):
                  **options        # of `vllm.LLM`
                 ):
         os.environ.setdefault('VLLM_ENABLE_V1_MULTIPROCESSING', '0') # in this process
-        self.vllm,self.request = need('vllm', 'vllm'),None
+        self.vllm,self.request,self.max_length = need('vllm', 'vllm'),None,max_length
         self.at,self.sleeps = _Follower(model, tok, path),sleep and model.device.type == 'cuda'
         card = dict(gpu_memory_utilization=memory, enable_sleep_mode=sleep) if model.device.type == 'cuda' else {}
         self.llm = self.vllm.LLM(**_vllm_options(model, self.at, max_length) | card | dict(
@@ -354,19 +361,28 @@ class VLLMEngine(_VLLM):
 
     def close(self):
         "Stop it"
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        if self.llm: self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
 
 # %% ../nbs/42_rollout.ipynb #25337c2c
-def _serve(options, flags, log):
+def _port(wanted):
+    "A port that nobody listens to"
+    with socket.socket() as s:
+        try: s.bind(('127.0.0.1', wanted or 0))
+        except OSError as e: raise FtkitError(f'port {wanted} is taken: choose another, or none') from e
+        return s.getsockname()[1]
+
+def _serve(options, flags, log, device):
     "A server of our own, whose weights may be changed while it runs"
     need('vllm', 'vllm')
     words = [f"--{name.replace('_', '-')}" + f'={value}'*(value is not True) for name,value in options.items()]
     more = dict(VLLM_ALLOW_RUNTIME_LORA_UPDATING='True', VLLM_SERVER_DEV_MODE='1')
+    if device is not None: more |= dict(CUDA_VISIBLE_DEVICES=str(device))
     with log.open('w') as f: return subprocess.Popen(
         [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', *words, *flags], env=os.environ | more, stdout=f,
         stderr=f, start_new_session=True)
 
+# %% ../nbs/42_rollout.ipynb #7bfbf3a2
 def _wait(url, process, timeout, log):
     "Until a server answers"
     import httpx
@@ -375,16 +391,19 @@ def _wait(url, process, timeout, log):
         if process and process.poll() is not None: raise FtkitError(
             f'the vLLM server ended with {process.returncode}: {log.read_text()[-2000:]}')
         try:
-            if httpx.get(f'{url}/health', timeout=5).status_code == 200: return
+            if httpx.get(f'{url}/health', timeout=5, trust_env=not process).status_code == 200: return
         except httpx.HTTPError: pass
         time.sleep(.5)
     raise FtkitError(f'no vLLM server at {url} after {timeout} s')
 
 def _stop(process):
-    "End a process that was started here"
+    "End a process that was started here, with its children"
     process.terminate()
     try: process.wait(30)
-    except subprocess.TimeoutExpired: os.killpg(process.pid, 9)
+    except subprocess.TimeoutExpired: pass
+    try: os.killpg(process.pid, 9)
+    except ProcessLookupError: pass
+    process.wait()
 
 # %% ../nbs/42_rollout.ipynb #042138d7
 class VLLMServer(_VLLM):
@@ -395,30 +414,40 @@ class VLLMServer(_VLLM):
                  url=None,        # of a server that runs; one is started by default
                  path=None,       # as in `VLLMEngine`
                  max_length=2048, # tokens of a prompt with its answer
-                 port=8123,       # of the one that is started
+                 port=None,       # of the one that is started; a free one by default
+                 device=None,     # number of its graphics card; all there are by default
+                 memory=.9,       # share of that card's memory
                  timeout=300,     # seconds to wait for it to start, and for every answer
                  retries=1,       # how often what failed is asked again
                  flags=()         # more of `vllm serve`
                 ):
         self.at,self.timeout,self.retries = _Follower(model, tok, path),timeout,retries
-        self.url,self.name,log = url or f'http://127.0.0.1:{port}','policy',Path(self.at.folder.name)/'server.log'
+        log,self.max_length = Path(self.at.folder.name)/'server.log',max_length
+        if not url: port = _port(port)
+        self.url,self.name = url or f'http://127.0.0.1:{port}','policy'
         options = _vllm_options(model, self.at, max_length)
         options |= dict(host='127.0.0.1', port=port, served_model_name=self.name)
         if self.at.adapter: options |= dict(max_cpu_loras=2) # the next one is loaded before the last one goes
-        self.process = None if url else _serve(options, flags, log)
+        if model.device.type == 'cuda': options |= dict(gpu_memory_utilization=memory)
+        self.process = None if url else _serve(options, flags, log, device)
         self.close = weakref.finalize(self, _stop, self.process) if self.process else lambda: None # at exit, too
-        _wait(self.url, self.process, timeout, log)
-        self.sync(0)
+        try:
+            _wait(self.url, self.process, timeout, log)
+            self.sync(0)
+        except BaseException:
+            self.close()
+            raise
 
     def post(self, path, **body):
         "Ask, and again if it fails"
         import httpx
         for k in range(self.retries+1):
-            try: answer = httpx.post(f'{self.url}/{path}', json=body, timeout=self.timeout)
+            try: answer = httpx.post(f'{self.url}/{path}', json=body, timeout=self.timeout, trust_env=not self.process)
             except httpx.HTTPError as e: problem = f'{type(e).__name__} {e}'
             else:
                 if answer.status_code < 400: return answer
                 problem = answer.text[:500]
+                if k and 'already' in problem: return answer # the first time it was late, not lost
                 if answer.status_code < 500: raise FtkitError(f'the vLLM server refuses {path}: {problem}')
         raise FtkitError(f'the vLLM server at {self.url} failed {self.retries+1} times: {problem}')
 

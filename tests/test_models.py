@@ -2,7 +2,7 @@
 import hashlib
 import pytest, torch
 from ftkit.core import FtkitError
-from ftkit.models import load_model, load_tokenizer, load_tuned, save
+from ftkit.models import folded, load_model, load_tokenizer, load_tuned, save
 from ftkit.tasks import rows
 from ftkit.train import read_log, train
 
@@ -123,3 +123,25 @@ def test_files_are_read_without_a_bar_and_downloads_keep_theirs():
     from transformers.utils.logging import is_progress_bar_enabled
     load_model('embedded', load_tokenizer('embedded'), None)
     assert not is_progress_bar_enabled() and not are_progress_bars_disabled()
+
+@pytest.mark.parametrize('options,inside', [
+    (dict(), True), (dict(use_dora=True), True), (dict(trainable_token_indices=None), True),
+    (dict(target_modules=['q_proj', 'lm_head']), False),
+    (dict(target_modules=['q_proj', 'embed_tokens'], trainable_token_indices=None), False),
+    (dict(lora_bias=True), False), (dict(precision='bf16'), False)], ids=str)
+def test_folding_an_adapter_changes_nothing(options, inside):
+    "Nor does it do so where it cannot: tied ends, biases that are not there, half the bits"
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok, **dict(precision='fp32') | options)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p)*.02)
+    before,kept,places = logits(model, tok),digest(model),[p.data_ptr() for p in model.parameters()]
+    with folded(model):
+        assert any(getattr(m, 'merged', False) for m in model.modules()) == inside
+        torch.testing.assert_close(logits(model, tok), before, atol=5e-5, rtol=1e-5)
+    with pytest.raises(KeyError), folded(model): raise KeyError
+    assert digest(model) == kept and [p.data_ptr() for p in model.parameters()] == places
+    assert not any(getattr(m, 'merged', False) for m in model.modules())
+    assert torch.equal(logits(model, tok), before)

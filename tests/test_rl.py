@@ -399,3 +399,49 @@ def test_half_the_bits(tmp_path, precision, more):
     model,tok = start()
     run = rl(model, tok, ROWS, vowels, 'grpo', tmp_path/'run', precision=precision, **QUICK | more)
     assert all(e['grad_norm'] > 0 for e in run.log) and abs(run.log[0]['ratio']-1) < .02
+
+
+# what a review found
+
+def test_a_price_in_the_loss_is_not_in_the_reward_as_well():
+    "With a critic, too, it is paid once"
+    from ftkit.reference import Reference
+    model,tok = start()
+    began = Reference(model, 'adapter')
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=.3)
+    def held(**more):
+        how = choices('ppo', group=G, prompts_per_step=N, max_new_tokens=LIMIT, minibatches=1, scale='none', **more)
+        policy = AnswerCollator(tok, model), model, find_head(model), began, judge(model, how)
+        set_gains(groups := fixed(), how, *policy)
+        batch, = batches(groups, how, *policy)
+        return batch['gains'], answer_losses(model, policy[2], batch, how, {}, policy[-1])
+    free,in_loss,in_reward = held(),held(beta=.5, kl_in_reward=False),held(beta=.5)
+    torch.testing.assert_close(free[0], in_loss[0])
+    assert (free[0]-in_reward[0]).abs().max() > .01 and (free[1]-in_loss[1]).abs().max() > .01
+
+@pytest.mark.parametrize('rewards', [vowels, lambda completions, **_: [None]*len(completions)])
+def test_a_step_in_which_no_token_is_trained_moves_nothing(tmp_path, rewards):
+    more = dict(mask_truncated=rewards is vowels, max_new_tokens=1, minibatches=1)
+    run = rl(*start(), ROWS, rewards, 'ppo', tmp_path/'run', **QUICK | more)
+    assert all(e['grad_norm'] == 0 for e in run.log)
+
+@pytest.mark.parametrize('options,says', [
+    (dict(algorithm='ppo', aggregation='normalize_then_sum'), 'a critic goes with'),
+    (dict(algorithm='ppo', scale='group', group=4), 'a critic judges tokens'),
+    (dict(algorithm='reinforce', group=1, scale='group'), 'no deviation'),
+    (dict(algorithm='reinforce', group=1, resample=2), 'compared with no other'),
+    (dict(engine_timeout=5.), 'engine_timeout is for')])
+def test_choices_that_do_not_go_together_are_refused(tmp_path, options, says):
+    with pytest.raises(FtkitError, match=says): rl(
+        *start(), ROWS, vowels, out=tmp_path/'run', **QUICK | dict(algorithm='grpo') | options)
+
+def test_an_infinite_reward_is_named(tmp_path):
+    def endless(completions, **_): return [float('inf')]*len(completions)
+    for algorithm in ('grpo', 'ppo'):
+        with pytest.raises(FtkitError, match='infinite|inf'): rl(
+            *start(), ROWS, endless, algorithm, tmp_path/algorithm, **QUICK)
+
+def test_a_rehearsal_of_lone_answers_compares_them_all():
+    assert rehearse(*start(), ROWS, vowels, 'ppo', prompts=8, max_new_tokens=6).spread == 1
+    assert rehearse(*start(), ROWS, flat, 'ppo', prompts=8, max_new_tokens=6).spread == 0

@@ -1,6 +1,7 @@
 "Engines with weights of their own: what is wrong with them is found, and called by its name"
-import copy, http.server, json, threading, time, warnings
-import pytest, torch
+import copy, http.server, json, os, subprocess, sys, threading, time, warnings
+from pathlib import Path
+import httpx, pytest, torch
 from ftkit.core import FtkitError
 from ftkit.models import load_model, load_tokenizer
 from ftkit.rl import rl
@@ -50,14 +51,44 @@ class Apart(HFEngine):
             return r._replace(ids=(ids + r.ids)[:len(r.ids)]) if self.again == 'padded' else r._replace(ids=ids)
         return [[twice(r) for r in g] for g in found]
 
-def findings(model, tok, out, **knobs):
-    "What a run with such an engine says: kinds of findings, and those in its log"
-    options = {k: knobs.pop(k) for k in ('engine_timeout',) if k in knobs}
+def findings(model, tok, out, engine=Apart, algorithm='grpo', **knobs):
+    "What a run with such an engine says: kinds of findings, each once, and those in its log"
+    options = {k: knobs.pop(k) for k in ('engine_timeout', 'epochs', 'minibatches', 'group') if k in knobs}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        run = rl(model, tok, ROWS, vowels, 'grpo', out, Apart(model, tok, **knobs), **QUICK, **options)
-    said = {str(w.message).split(': ')[1] for w in caught if str(w.message).startswith('Apart')}
-    return said, {e['engine'].split(':')[0] for e in run.log if 'engine' in e}
+        run = rl(model, tok, ROWS, vowels, algorithm, out, engine(model, tok, **knobs), **QUICK | options)
+    said = [str(w.message).split(': ')[1] for w in caught if str(w.message).startswith(engine.__name__)]
+    assert len(said) == len({*said}), 'each kind is said once'
+    return {*said}, {e['engine'].split(':')[0] for e in run.log if 'engine' in e}
+
+class Mute(Apart):
+    "It does not say the next tokens, so that its answers alone can tell"
+    next_tokens = None
+    def __getattribute__(self, name):
+        if name == 'next_tokens': raise AttributeError(name)
+        return super().__getattribute__(name)
+
+@pytest.mark.parametrize('algorithm,more', [
+    ('grpo', dict(epochs=2)), ('grpo', dict(minibatches=2)), ('ppo', dict(group=6))])
+@pytest.mark.parametrize('knobs,kind', [
+    (dict(), None), (dict(top_p=.7), 'a cut tail'), (dict(again='padded'), 'another text')])
+def test_an_engine_is_found_out_with_several_updates(model, tmp_path, algorithm, more, knobs, kind):
+    expected = {kind} if kind else set()
+    said,logged = findings(*model, tmp_path/'run', algorithm=algorithm, **knobs, **more)
+    assert said == logged == expected
+
+def test_noise_is_called_so_by_the_answers_alone(model, tmp_path):
+    assert findings(*model, tmp_path/'run', engine=Mute, noise=.03)[0] == {'another arithmetic'}
+
+def test_an_engine_that_knows_the_trainer_is_not_its_own(model, tmp_path):
+    net,tok = model
+    other = HFEngine(copy.deepcopy(net), tok)
+    class Keeps:
+        model = net # and samples from another one
+        def sync(self, step): pass
+        def sample(self, *args): return other.sample(*args)
+    run = rl(*model, ROWS, vowels, 'grpo', tmp_path/'run', Keeps(), **QUICK | dict(steps=1))
+    assert json.loads((run.path/'run.json').read_text())['options']['correction'] == 'token_truncate'
 
 @pytest.mark.parametrize('knobs,kind', [
     (dict(), None), (dict(late=.01, engine_timeout=60.), None), (dict(noise=.02), 'another arithmetic'),
@@ -137,6 +168,65 @@ def test_a_server_is_asked_again_and_then_named(model, server, script, message):
     if message:
         with pytest.raises(FtkitError, match=message): made.sample([[5, 6]], 1, 4)
     else: assert made.sample([[5, 6]], 1, 4) == [[Rollout([5, 6], [7], [-.5], False)]]
+
+def test_a_load_that_was_late_is_not_lost(model, server, monkeypatch):
+    "Asked again, the server has it already"
+    tok = load_tokenizer('embedded')
+    made = VLLMServer(load_model('embedded', tok, trainable_token_indices=None), tok, url=server)
+    calls,post = [],httpx.post
+    def late(url, **kwargs):
+        calls.append(url)
+        if '/load_lora' not in url: return post(url, **kwargs)
+        if len(calls) == 1: raise httpx.ReadTimeout('late')
+        return httpx.Response(400, text='The lora adapter has already been loaded')
+    monkeypatch.setattr(httpx, 'post', late)
+    made.sync(1)
+    assert len(calls) >= 2
+
+def test_a_long_prompt_is_refused_before_it_is_sent(model, server):
+    made = VLLMServer(*model, url=server, max_length=20)
+    with pytest.raises(FtkitError, match='more than the 20'): sample(made, model[1], ['The opposite of hot?'], 1, 15)
+
+def test_a_busy_port_is_no_server_of_ours(model, tmp_path, monkeypatch, server):
+    "Nor is one that ends before it answers"
+    from ftkit import rollout
+    with pytest.raises(FtkitError, match='is taken'): VLLMServer(*model, port=int(server.rsplit(':', 1)[1]))
+    monkeypatch.setattr(rollout, '_serve', lambda *args: subprocess.Popen(
+        [sys.executable, '-c', 'import sys; sys.exit(3)'], start_new_session=True))
+    (tmp_path/'server.log').touch()
+    monkeypatch.setattr(Path, 'read_text', lambda self: 'no memory')
+    with pytest.raises(FtkitError, match='the vLLM server ended with 3: no memory'): VLLMServer(*model, timeout=20)
+
+def test_children_are_stopped_with_a_leader_that_is_dead(tmp_path):
+    from ftkit.rollout import _stop
+    code = ("import os, subprocess, sys; p = subprocess.Popen(['sleep', '60']); "
+            "open(sys.argv[1], 'w').write(str(p.pid)); os._exit(0)")
+    leader = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'pid')], start_new_session=True)
+    leader.wait()
+    child = int((tmp_path/'pid').read_text())
+    os.kill(child, 0)
+    _stop(leader)
+    time.sleep(.2)
+    state = Path(f'/proc/{child}/stat')
+    assert not state.exists() or state.read_text().split()[2] == 'Z'
+
+def test_an_adapter_by_another_name_and_a_model_without_one(tmp_path):
+    "What vLLM stands on is the base, and what it gets is the adapter in use"
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    tok = load_tokenizer('embedded')
+    two = load_model('embedded', tok, trainable_token_indices=None)
+    two.add_adapter('other', LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM'))
+    two.set_adapter('other')
+    follower = _Follower(two, tok)
+    saved = load_file(f'{follower.write(1)[1]}/adapter_model.safetensors')
+    assert follower.adapter and {min(w.shape) for w in saved.values()} == {4}
+    plain = get_peft_model(load_model('embedded', tok, adapter=None), LoraConfig(r=4, target_modules='all-linear'))
+    del plain.get_base_model().ftkit
+    assert not _Follower(plain, tok).adapter
+    assert _Follower(plain, tok, '/some/where').path == '/some/where'
+    with pytest.raises(FtkitError, match='more than a plain adapter'): _Follower(
+        load_model('embedded', tok), tok, '/nowhere')
 
 def test_names_of_weights_are_never_used_twice(server):
     tok = load_tokenizer('embedded')
