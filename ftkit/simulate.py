@@ -166,11 +166,12 @@ DTYPES = dict(fp32='float32', fp16='float16', bf16='bfloat16')
 
 def _base(config, dtype, attention):
     "A model of a config, on meta"
-    import torch
+    import torch, transformers
     from transformers import AutoModelForCausalLM
     config.use_cache = False
+    name = 'torch_dtype' if transformers.__version__ < '4.56' else 'dtype'
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation='eager' if attention == 'eager' else 'sdpa')
+        config, **{name: dtype}, attn_implementation='eager' if attention == 'eager' else 'sdpa')
     for m in model.modules(): # frequencies of rotary embeddings stay exact
         for k,b in m._buffers.items():
             if b is not None and b.is_floating_point() and 'inv_freq' in k: m._buffers[k] = b.float()
@@ -282,6 +283,8 @@ def _scratch():
     import torch
     return {torch.ops.aten._softmax_backward_data.default: lambda grad, *args: 4*grad.numel()}
 
+_MASKS = 'create_causal_mask', 'create_sliding_window_causal_mask'
+
 @contextmanager
 def _like_a_gpu(model, attention):
     "The choices that libraries make on CUDA"
@@ -295,14 +298,19 @@ def _like_a_gpu(model, attention):
     def wide(q, k, v, *args, enable_gqa=False, **kwargs):
         n = q.shape[-3]//k.shape[-3]
         return attend(q, *(k, v) if n == 1 else (x.repeat_interleave(n, -3) for x in (k, v)), *args, **kwargs)
+    def narrow(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+        return attend(q, k, v, None, dropout_p, True, scale=scale, enable_gqa=q.shape[-3] != k.shape[-3])
     with ExitStack() as stack:
         use = lambda *args: stack.enter_context(mock.patch.object(*args))
         use(torch, 'is_autocast_enabled', enabled), use(F, 'softmax', fused)
         if attention == 'efficient': use(F, 'scaled_dot_product_attention', wide)
-        for module in {type(m).__module__ for m in model.modules()}:
-            for name in ('create_causal_mask', 'create_sliding_window_causal_mask'):
-                if attention != 'eager' and hasattr(sys.modules[module], name): use(
-                    sys.modules[module], name, lambda *args, **kwargs: None)
+        if attention == 'flash': use(F, 'scaled_dot_product_attention', narrow)
+        answers = {} if attention == 'eager' else {n: lambda *args, **kwargs: None for n in _MASKS}
+        if attention == 'flash': answers |= dict(repeat_kv=lambda x, n: x)
+        places = {type(m).__module__ for m in model.modules()} | {'transformers.integrations.sdpa_attention'}
+        for module in (sys.modules[p] for p in places if p in sys.modules):
+            for name,answer in answers.items():
+                if hasattr(module, name): use(module, name, answer)
         yield
 
 # %% ../nbs/45_simulate.ipynb #dafb2c14
@@ -444,7 +452,7 @@ def _built(config, method, kind, attention, checkpointing, lora, double_quant, u
     return _adapted(net, dict(r=16, lora_alpha=32, target_modules='all-linear') | (lora or {}))
 
 # %% ../nbs/45_simulate.ipynb #d527994a
-METHODS,ATTENTIONS = ('full', 'lora', 'qlora'), ('sdpa', 'efficient', 'eager')
+METHODS,ATTENTIONS = ('full', 'lora', 'qlora'), ('sdpa', 'flash', 'efficient', 'eager')
 
 def simulate(model,                # a config of transformers, a folder or a Hub id
              method='lora',        # one of `METHODS`
@@ -452,7 +460,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              batch=1,              # rows that go through the model at once
              dtype='bf16',         # of the weights: one of `DTYPES`
              autocast=None,        # 'bf16' or 'fp16' arithmetic
-             attention='sdpa',     # one of `ATTENTIONS`: flash, memory-efficient (T4), or all scores at once
+             attention='sdpa',     # one of `ATTENTIONS`: PyTorch's, flash-attn's, memory-efficient (T4), or all scores
              checkpointing=False,  # gradient checkpointing; 'reentrant' for its older kind
              optim='adamw_torch_fused', # one of `OPTIMS`
              loss='plain',         # one of `LOSSES`
