@@ -334,8 +334,16 @@ def _kept(model, ids):
     out = model(input_ids=ids, labels=ids)
     return out.loss, out
 
-LOSSES = dict(plain=_plain, kept=_kept)
+def _own(model, ids):
+    "ftkit's, from a chunk of logits at a time; every token is trained"
+    from ftkit.logps import Head, hidden_states
+    head = Head(model.get_output_embeddings())
+    hidden = hidden_states(model, head, input_ids=ids)
+    return -head.score(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).logps.mean()
 
+LOSSES = dict(plain=_plain, kept=_kept, ftkit=_own)
+
+# %% ../nbs/45_simulate.ipynb #5ab5b8e4
 def _step(m, model, optimizer, loss, ids, cast, clip):
     "One step, phase by phase"
     import torch
@@ -463,7 +471,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              attention='sdpa',     # one of `ATTENTIONS`: PyTorch's, flash-attn's, memory-efficient (T4), or all scores
              checkpointing=False,  # gradient checkpointing; 'reentrant' for its older kind
              optim='adamw_torch_fused', # one of `OPTIMS`
-             loss='plain',         # one of `LOSSES`
+             loss='ftkit',         # one of `LOSSES`: ours, transformers', or the latter with logits that are kept
              lora=None,            # options of `peft.LoraConfig`; rank 16 on every linear layer by default
              double_quant=True,    # quantise the scales of four bits, too
              upcast=False,         # 32 bits for what is not quantised, as `prepare_model_for_kbit_training` does
