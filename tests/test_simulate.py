@@ -184,7 +184,7 @@ def test_small_and_large_blocks_do_not_mix():
 # what cannot be simulated is said
 
 @pytest.mark.parametrize('options,says', [
-    (dict(method='prefix'), 'method'), (dict(dtype='int3'), 'dtype'), (dict(length=0), 'at least 1'),
+    (dict(method='prefix'), 'method'), (dict(dtype='int3'), 'dtype'), (dict(length=0), 'too small'),
     (dict(optim='adamw_9bit'), 'optim'), (dict(attention='best'), 'attention'), (dict(loss='mse'), 'loss')])
 def test_what_does_not_exist_is_refused(options, says):
     with pytest.raises(FtkitError, match=says): simulate(config(), **options)
@@ -197,3 +197,73 @@ def test_the_config_is_left_as_it_was():
     before = c.to_dict()
     simulate(c, length=8)
     assert c.to_dict() == before
+
+# preferences and labelled answers
+
+def on_real_tensors(objective, method='full'):
+    "Sizes of all allocations of two steps of an objective, with numbers"
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    c = config(num_labels=1, pad_token_id=0) if objective == 'reward' else config()
+    auto = AutoModelForSequenceClassification if objective == 'reward' else AutoModelForCausalLM
+    net = auto.from_config(c, dtype=torch.float32).train()
+    copy = auto.from_config(c, dtype=torch.float32).requires_grad_(False).eval()
+    if objective not in ('dpo', 'kto'): copy = None
+    batch,m = S._answers(objective, net, 64, 2, 'sdpa'),meter(S._scratch())
+    for some in filter(None, (net, copy)):
+        for t in [*some.parameters(), *some.buffers()]: m.add(t)
+    for t in torch.utils._pytree.tree_leaves(batch):
+        if isinstance(t, torch.Tensor): m.add(t)
+    refer = (lambda b: S._referred(b, net, copy, 'copy')) if copy else None
+    optimizer = S._optimizer('adamw_torch_fused', [*net.parameters()])
+    with S._like_a_gpu(net, 'sdpa'), m:
+        loss = S._preference(objective, net)
+        for _ in range(2): S._step(m, net, optimizer, loss, batch, nullcontext, True, refer)
+    return [(e.phase, e.size) for e in m.events if e.n > 0 and e.phase != 'load']
+
+@pytest.mark.parametrize('objective', S.OBJECTIVES[1:])
+def test_an_objective_allocates_what_it_does_on_real_tensors(objective):
+    found = simulate(config(), 'full', length=64, batch=2, dtype='fp32', objective=objective)
+    traced = [(e.phase, e.size) for e in found.events if e.n > 0 and e.phase != 'load']
+    assert traced == on_real_tensors(objective)
+
+def test_references_cost_what_they_should():
+    run = lambda method, how: simulate(config(), method, length=64, objective='dpo', reference=how)
+    copied,computed = run('full', 'copy'),run('full', 'precomputed')
+    weights = computed.at_peak['weights']
+    assert abs(copied.at_peak['reference'] - weights) < MiB and copied.allocated > computed.allocated + .9*weights
+    off,none = run('lora', 'adapter'),run('lora', 'precomputed')
+    assert off.phases['reference'] < off.phases['forward'] and off.allocated == none.allocated
+    for options,says in ((dict(method='full', objective='dpo', reference='adapter'), 'none to switch off'),
+                         (dict(objective='orpo', reference='copy'), 'has no reference'),
+                         (dict(objective='ppo'), 'objective')):
+        with pytest.raises(FtkitError, match=says): simulate(config(), **options)
+
+@pytest.mark.parametrize('optim,bytes_each', [('adamw_torch', 8), ('adamw_8bit', 2 + 2*4/256)])
+def test_states_of_eight_bits(optim, bytes_each):
+    "Of a large matrix; embeddings keep 32 bits, and what is small too; pages are not PyTorch's"
+    c = config(hidden_size=512, intermediate_size=2048, tie_word_embeddings=True)
+    states = lambda o: {e.shape: e.size for e in simulate(c, 'full', dtype='fp32', length=8, optim=o).events
+                        if e.n > 0 and e.phase == 'optimizer' and 'zeros' in e.op}
+    one = (2048, 512)
+    assert states('adamw_torch')[one] == 4*2048*512 and states('adamw_8bit')[one] == 2048*512
+    assert states('adamw_8bit')[1000, 512] == 4*1000*512 and one not in states('paged_adamw_8bit')
+    found = simulate(c, 'full', dtype='fp32', length=8, optim=optim)
+    total = sum(e.size for e in found.events if e.n > 0 and found.kind(e) == 'optimizer states')
+    large,small = 2*(3*2048*512 + 2*512*512 + 2*128*512),5*512 + 1000*512 # the layers; norms and embeddings
+    assert abs(total - (bytes_each*large + 8*small)) < .002*total + 200
+
+@pytest.mark.parametrize('kind,more', [
+    ('gemma2', {}), ('gemma3_text', {}), ('qwen3', {}), ('mixtral', dict(num_local_experts=4)), ('gpt2', {}),
+    ('phi3', dict(pad_token_id=0)), ('gpt_neox', {}), ('granite', {}), ('starcoder2', {}), ('cohere2', {}),
+    ('olmo2', {}), ('glm4', dict(pad_token_id=0)),
+    ('qwen3_moe', dict(num_experts=8, moe_intermediate_size=64, decoder_sparse_step=1))])
+def test_other_architectures(kind, more):
+    from transformers import AutoConfig
+    c = AutoConfig.for_model(kind, **SHAPE | dict(head_dim=32) | more)
+    lora,full = (simulate(c, m, length=128, batch=2) for m in ('lora', 'full'))
+    assert 0 < lora.at_peak['weights'] <= full.at_peak['weights'] and lora.reserved >= lora.allocated > 5*MiB
+
+def test_what_cannot_be_traced_is_said():
+    from transformers import AutoConfig
+    with pytest.raises(FtkitError, match='a gpt_oss of this config cannot be built'): simulate(
+        AutoConfig.for_model('gpt_oss', **SHAPE | dict(num_local_experts=4)))
