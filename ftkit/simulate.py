@@ -335,8 +335,10 @@ def _eight_bit(params, model, m, paged):
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     optim = need('bitsandbytes', 'qlora').optim
     with unset_fake_temporarily(): made = (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(params)
+    made.mng = optim.GlobalOptimManager.__new__(optim.GlobalOptimManager) # the global one goes by addresses of weights
+    made.mng.initialize()
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Embedding): optim.GlobalOptimManager.get_instance().register_module_override(
+        if isinstance(layer, torch.nn.Embedding): made.mng.register_module_override(
             layer, 'weight', dict(optim_bits=32))
     def state(p, dtype=torch.float32):
         with m.off() if paged and p.numel() >= 1e5 else nullcontext(): return torch.zeros_like(p, dtype=dtype)
