@@ -22,11 +22,14 @@ from .core import FtkitError
 
 # %% ../nbs/06_memory.ipynb #07d20629
 FAMILIES = dict( # what is not as in Llama
-    llama={}, mistral={}, smollm3={}, granite={}, gemma=dict(tied=True),
-    qwen2=dict(biased='qkv'), qwen3=dict(normed='head'), olmo2=dict(normed='whole'),
-    gemma2=dict(norms=4, tied=True), gemma3_text=dict(norms=4, normed='head', tied=True),
-    phi3=dict(fused=True), mixtral=dict(experts='intermediate_size'),
-    qwen3_moe=dict(normed='head', experts='moe_intermediate_size'))
+    llama=dict(flags='attention mlp'), granite=dict(flags='attention mlp'), mistral=dict(needs='kv'),
+    smollm3=dict(flags='attention mlp', needs='kv', tied=True), qwen2=dict(biased='qkv', needs='kv'),
+    qwen3=dict(flags='attention', normed='head', needs='kv head'), olmo2=dict(flags='attention', normed='whole'),
+    gemma=dict(flags='attention', needs='kv head', tied=True),
+    gemma2=dict(flags='attention', norms=4, needs='kv head', tied=True),
+    gemma3_text=dict(flags='attention', norms=4, normed='head', needs='kv head', tied=True),
+    phi3=dict(fused=True), mixtral=dict(needs='kv', experts='intermediate_size'),
+    qwen3_moe=dict(flags='attention', normed='head', needs='kv head', experts='moe_intermediate_size'))
 
 class Part(NamedTuple):
     "Weights of one kind"
@@ -46,19 +49,22 @@ def read_config(config # a dictionary, a folder with `config.json`, or a config 
     "A config as a dictionary; raises `FtkitError` for what is none"
     if hasattr(config, 'to_dict'): config = config.to_dict()
     if not isinstance(config, dict):
-        path = Path(config)/'config.json'
-        try: config = json.loads(path.read_text())
-        except (OSError, ValueError) as e: raise FtkitError(f'{path}: {e}') from e
-    config = {**config, **config.get('text_config', {})}
+        try: config = json.loads((Path(config)/'config.json').read_text())
+        except (OSError, ValueError, TypeError) as e: raise FtkitError(f'{config}: no config.json to read ({e})') from e
+    if config.get('text_config') or config.get('vision_config'): raise FtkitError(
+        'this config is of more than text, whose other weights are not counted: simulate traces its text_config')
     needed = 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size', 'intermediate_size'
-    if lacking := [n for n in needed if not isinstance(config.get(n), int) or config[n] < 1]: raise FtkitError(
-        f"this config has no {', '.join(lacking)}: it is of no decoder that can be counted")
+    other = [n for n in ('num_key_value_heads', 'head_dim') if config.get(n) is not None]
+    if lacking := [n for n in (*needed, *other) if type(config.get(n)) is not int or config[n] < 1]: raise FtkitError(
+        f"{', '.join(lacking)} of this config: no whole number above 0, so that it cannot be counted")
     return config
 
 def _experts(c, family, hidden):
     "Fused matrices of all experts of a layer, and what chooses among them; None: a plain MLP"
     if 'experts' not in family: return None
     n,mlp = c.get('num_experts') or c.get('num_local_experts'),c.get(family['experts'])
+    if c.get('mlp_only_layers') or c.get('decoder_sparse_step', 1) != 1: raise FtkitError(
+        'some layers of this config have no experts, which is not counted: simulate traces it')
     if not n or not mlp: raise FtkitError(f"this config has no number of experts, or no {family['experts']}")
     return [Part('gate', (n, hidden)), Part('gate_up_proj', (n, 2*mlp, hidden)), Part('down_proj', (n, hidden, mlp))]
 
@@ -72,8 +78,11 @@ def _layer(c, family):
     if family.get('fused'): attention,own = [lin('qkv_proj', q+2*k, hidden)],[lin('gate_up_proj', 2*mlp, hidden)]
     else: attention,own = [lin('q_proj', q, hidden), lin('k_proj', k, hidden), lin('v_proj', k, hidden)],[
         lin('gate_proj', mlp, hidden), lin('up_proj', mlp, hidden)]
+    flag = lambda name: c.get(f'{name}_bias') and name in family.get('flags', '').split()
     biases = [Part(f'{n}_proj.bias', (size,)) for n,size in (('q', q), ('k', k), ('v', k), ('o', hidden))
-              if c.get('attention_bias') or n in family.get('biased', '')]
+              if flag('attention') or n in family.get('biased', '')]
+    if flag('mlp'): biases += [
+        Part(f'{n}_proj.bias', (size,)) for n,size in (('gate', mlp), ('up', mlp), ('down', hidden))]
     norms = dict(head=[wide, wide], whole=[q, k]).get(family.get('normed'), []) + [hidden]*family.get('norms', 2)
     own = _experts(c, family, hidden) or [*own, lin('down_proj', hidden, mlp)]
     return [*attention, lin('o_proj', hidden, q), *own, *biases, *(Part('norm', (n,)) for n in norms)]
@@ -82,9 +91,12 @@ def parts(config # as in `read_config`
          ):      # list of `Part`
     "All weights of a model; raises `FtkitError` for a family that is not in `FAMILIES`"
     c = read_config(config)
-    if (kind := c.get('model_type')) not in FAMILIES: raise FtkitError(
+    if str(kind := c.get('model_type')) not in FAMILIES: raise FtkitError(
         f"models of the family '{kind}' are not counted by formula, only {', '.join(FAMILIES)}: simulate traces them")
     family,hidden,table = FAMILIES[kind],c['hidden_size'],(c['vocab_size'], c['hidden_size'])
+    names = dict(kv='num_key_value_heads', head='head_dim')
+    if lacking := [names[n] for n in family.get('needs', '').split() if not c.get(names[n])]: raise FtkitError(
+        f"a {kind} without {', '.join(lacking)} in its config cannot be counted")
     layers = [p._replace(times=c['num_hidden_layers']) for p in _layer(c, family)]
     tied = c.get('tie_word_embeddings', family.get('tied', False))
     return [Part('embed_tokens', table), *layers, Part('norm', (hidden,)), *([] if tied else [Part('lm_head', table)])]
@@ -107,7 +119,7 @@ def weight_bytes(parts,       # from `parts`
                  double=True  # with quantised scales
                 ):            # bytes
     "What the weights take"
-    if dtype not in WIDTHS: raise FtkitError(f"dtype '{dtype}' is unknown: use one of {', '.join(WIDTHS)}")
+    if str(dtype) not in WIDTHS: raise FtkitError(f"dtype '{dtype}' is unknown: use one of {', '.join(WIDTHS)}")
     plain = sum(p.size for p in parts if not (four_bits and p.linear))
     return WIDTHS[dtype]*plain + sum(p.times*nf4_bytes(prod(p.shape), double) for p in parts if four_bits and p.linear)
 
@@ -119,10 +131,11 @@ def adapter_parts(parts,                # from `parts`
                  ):                     # list of `Part`
     "The weights of a LoRA adapter; raises `FtkitError` for layers that are not there"
     known = {p.name for p in parts if p.linear}
-    chosen = known if targets == 'all-linear' else {*([targets] if isinstance(targets, str) else targets)}
+    chosen = known if targets == 'all-linear' else {*map(str, [targets] if isinstance(targets, str) else targets or [])}
+    if not chosen: raise FtkitError('no targets: nothing would be adapted')
     if odd := sorted(chosen - known): raise FtkitError(
         f"no linear layer is called {', '.join(odd)}: use some of {', '.join(sorted(known))}")
-    if r < 1: raise FtkitError(f'r={r}: must be at least 1')
+    if type(r) is not int or r < 1: raise FtkitError(f'r={r}: must be a whole number, at least 1')
     if targets == 'all-linear' and any(len(p.shape) > 2 for p in parts): raise FtkitError(
         "experts share a matrix, which PEFT adapts in a way of its own: name the layers instead of 'all-linear'")
     out = []
@@ -173,6 +186,8 @@ def kept(config,                    # as in `read_config`
         ):                          # `Kept`
     "What training keeps on the GPU, whatever passes through it"
     if method not in METHODS: raise FtkitError(f"method '{method}' is unknown: use one of {', '.join(METHODS)}")
+    if odd := sorted({*lora} - ({'r', 'targets', 'dora'} if method != 'full' else set())): raise FtkitError(
+        f"{', '.join(odd)}: no option of {method}")
     found = parts(config)
     trained,width = (found, WIDTHS.get(dtype, 0)) if method == 'full' else (adapter_parts(found, **lora), 4)
     grads = width*sum(p.size for p in trained)

@@ -16,6 +16,7 @@ __all__ = ['MiB', 'GiB', 'DTYPES', 'OPTIMS', 'LOSSES', 'OBJECTIVES', 'REFERENCES
 import bisect, sys, weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 from fastcore.basics import patch
@@ -54,7 +55,9 @@ def meter(scratch=None # operation -> function of its arguments that says how ma
             weakref.finalize(storage, self.free, storage._cdata)
 
         def free(self, key):
-            if n := self.live.pop(key, None): self.events.append(Event(-n, phase=self.phase))
+            if n := self.live.pop(key, None): self.drop(n)
+
+        def drop(self, n): self.events.append(Event(-n, phase=self.phase))
 
         def name(self, tensors, kind):
             "Say what some tensors are"
@@ -73,7 +76,7 @@ def meter(scratch=None # operation -> function of its arguments that says how ma
             if not self.on: return out
             for t in tree_leaves(out):
                 if isinstance(t, torch.Tensor) and t.device.type != 'meta': self.add(t, str(func))
-            if func in (scratch or {}): self.events.append(Event(-self.new(scratch[func](*args), f'{func}, inside')))
+            if func in (scratch or {}): self.drop(self.new(scratch[func](*args), f'{func}, inside'))
             return out
     return Meter()
 
@@ -96,6 +99,7 @@ class Allocator:
         if not size: return
         size,spare = max(512, _round(size, 512)),self.spare[large := size > MiB]
         at = bisect.bisect_left(spare, (size, -1))
+        if self.expandable and at+1 < len(spare) and self.blocks[spare[at][1]] is self.ends.get(large): at += 1
         block = self.blocks[spare.pop(at)[1]] if at < len(spare) else self.grow(size, large)
         rest = block.size - size
         if rest > MiB if large and not self.expandable else rest >= 512: self.cut(block, size)
@@ -267,15 +271,15 @@ def _load(m, model, upcast):
         if state := getattr(p, 'quant_state', None):
             n = m.new(4*p.numel(), 'the weight before it is quantised')
             for t in (p, state.absmax, *([state.offset, state.state2.absmax] if state.state2 else [])): m.add(t)
-            m.events.append(Event(-n))
+            m.drop(n)
         elif upcast: late.append((p, m.new(2*p.numel(), 'a weight before it is in 32 bits')))
         else: m.add(p)
     config = model.config.get_text_config()
-    if getattr(model, 'is_quantized', False) and config.tie_word_embeddings: m.events.append(
-        Event(-m.new(2*config.vocab_size*config.hidden_size, 'a tied head')))
+    if getattr(model, 'is_quantized', False) and config.tie_word_embeddings: m.drop(
+        m.new(2*config.vocab_size*config.hidden_size, 'a tied head'))
     for p,n in late:
         m.add(p)
-        m.events.append(Event(-n))
+        m.drop(n)
     for t in made: m.add(t)
 
 def _in_32_bits(model):
@@ -292,16 +296,39 @@ def _in_32_bits(model):
 def _scratch():
     "Memory that kernels take for themselves"
     import torch
-    return {torch.ops.aten._softmax_backward_data.default: lambda grad, *args: 4*grad.numel()}
+    return {torch.ops.aten._softmax_backward_data.default: lambda grad, *args: grad.numel()*grad.element_size()}
 
-_MASKS = 'create_causal_mask', 'create_sliding_window_causal_mask'
+# %% ../nbs/45_simulate.ipynb #1efc805f
+def _mask(*args, attention_mask=None, **kwargs):
+    "None, for causal attention, or the mask of whoever brings one"
+    return attention_mask if getattr(attention_mask, 'ndim', 0) == 4 else None
 
+def _windowed(make, *args, config=None, **kwargs):
+    "A mask where the window is shorter than the row"
+    rows = kwargs.get('inputs_embeds', kwargs.get('input_embeds'))
+    window = getattr(config, 'sliding_window', None) or rows.shape[1]
+    return make(*args, config=config, **kwargs) if rows.shape[1] > window else _mask(**kwargs)
+
+def _attend(attend):
+    "Attention that drops nothing, and makes all scores where no kernel takes shared keys in 32 bits"
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    def attended(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+        plain = enable_gqa and q.dtype == torch.float32 and q.shape[-3] != k.shape[-3] \
+            and not torch.is_autocast_enabled('cpu')
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return attend(q, k, v, attn_mask, 0., is_causal, scale=scale, enable_gqa=enable_gqa)
+    return attended
+
+# %% ../nbs/45_simulate.ipynb #561a0115
 @contextmanager
 def _like_a_gpu(model, attention):
     "The choices that libraries make on CUDA"
     import torch
     from torch.nn import functional as F
-    autocast,softmax,attend = torch.is_autocast_enabled,F.softmax,F.scaled_dot_product_attention
+    autocast,softmax,drop,attend = torch.is_autocast_enabled,F.softmax,F.dropout,_attend(F.scaled_dot_product_attention)
+    def dropped(x, p=.5, training=True, inplace=False):
+        return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else drop(x, p, training, inplace)
     def enabled(kind='cuda'): return autocast('cpu' if kind == 'cuda' else kind)
     def fused(x, dim=None, _stacklevel=3, dtype=None):
         if x.dtype == torch.half and dtype == torch.float32: return torch.ops.aten._softmax(x, dim, True)
@@ -310,20 +337,22 @@ def _like_a_gpu(model, attention):
         n = q.shape[-3]//k.shape[-3]
         return attend(q, *(k, v) if n == 1 else (x.repeat_interleave(n, -3) for x in (k, v)), *args, **kwargs)
     def narrow(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-        return attend(q, k, v, None, dropout_p, True, scale=scale, enable_gqa=q.shape[-3] != k.shape[-3])
+        return attend(q, k, v, None, 0., True, scale, q.shape[-3] != k.shape[-3])
     with ExitStack() as stack:
         use = lambda *args: stack.enter_context(mock.patch.object(*args))
-        use(torch, 'is_autocast_enabled', enabled), use(F, 'softmax', fused)
-        if attention == 'efficient': use(F, 'scaled_dot_product_attention', wide)
-        if attention == 'flash': use(F, 'scaled_dot_product_attention', narrow)
-        own = lambda *args, attention_mask=None, **kwargs: attention_mask if getattr(
-            attention_mask, 'ndim', 0) == 4 else None
-        answers = {} if attention == 'eager' else dict.fromkeys(_MASKS, own)
+        use(torch, 'is_autocast_enabled', enabled), use(F, 'softmax', fused), use(F, 'dropout', dropped)
+        if attention != 'eager': use(F, 'scaled_dot_product_attention', dict(
+            sdpa=attend, efficient=wide, flash=narrow)[attention])
+        answers = {} if attention == 'eager' else dict(create_causal_mask=_mask)
+        if attention == 'flash': answers |= dict(create_sliding_window_causal_mask=_mask)
         if attention == 'flash': answers |= dict(repeat_kv=lambda x, n: x)
         places = {type(m).__module__ for m in model.modules()} | {'transformers.integrations.sdpa_attention'}
         for module in (sys.modules[p] for p in places if p in sys.modules):
             for name,answer in answers.items():
                 if hasattr(module, name): use(module, name, answer)
+            name = 'create_sliding_window_causal_mask'
+            if attention in ('sdpa', 'efficient') and hasattr(module, name): use(
+                module, name, partial(_windowed, getattr(module, name)))
         yield
 
 # %% ../nbs/45_simulate.ipynb #dafb2c14
@@ -553,6 +582,13 @@ def _fake(x, m):
     return made
 
 # %% ../nbs/45_simulate.ipynb #d08b898b
+@contextmanager
+def _traced(config):
+    "What PyTorch cannot trace is named"
+    try: yield
+    except (RuntimeError, NotImplementedError) as e: raise FtkitError(
+        f'a {config.model_type} of this size cannot be traced: {e}'.split(chr(10))[0]) from e
+
 def _preference(objective, net):
     "The loss of a batch of answers"
     from ftkit.objectives import OBJECTIVES
@@ -590,14 +626,18 @@ def simulate(model,                # a config of transformers, a folder or a Hub
                  objective=OBJECTIVES, reference=(None, *REFERENCES), loss=LOSSES,
                  checkpointing=(False, True, 'reentrant'))
     _asked(known, **{name: setting[name] for name in known})
+    if not all(type(n) is int for n in (length, batch, workspace)) or workspace < 0: raise FtkitError(
+        f'length={length}, batch={batch}, workspace={workspace}: must be whole numbers')
     if min(length - (objective != 'sft'), batch) < 1: raise FtkitError(f'length={length}, batch={batch}: too small')
+    if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
+    if lora and method == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
     config,kind = _config(model),getattr(torch, DTYPES[dtype])
     net,copy,how = _models(config, kind, setting)
     cast = lambda: torch.autocast('cpu', getattr(torch, DTYPES[autocast])) if autocast else nullcontext()
     m = meter(_scratch())
-    rows = torch.zeros(batch, length, dtype=torch.long) if objective == 'sft' else _answers(
+    rows = torch.empty(batch, length, dtype=torch.long, device='meta') if objective == 'sft' else _answers(
         objective, net, length, batch, attention)
-    with FakeTensorMode(allow_non_fake_inputs=True), _like_a_gpu(net, attention):
+    with _traced(config), FakeTensorMode(allow_non_fake_inputs=True), _like_a_gpu(net, attention):
         for some in filter(None, (copy, net)): _load(m, some, upcast)
         trained = [p for p in net.parameters() if p.requires_grad]
         m.name([p for p in net.parameters() if not p.requires_grad], 'weights')

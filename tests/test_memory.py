@@ -13,11 +13,12 @@ MORE = dict(mixtral=dict(num_local_experts=4),
 
 def config(kind, **more): return AutoConfig.for_model(kind, **SHAPE | MORE.get(kind, {}) | more)
 
-@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('more', [{}, dict(tie_word_embeddings=True), dict(tie_word_embeddings=False),
+                                  dict(attention_bias=True), dict(mlp_bias=True)], ids=str)
 @pytest.mark.parametrize('kind', FAMILIES)
-def test_every_family_has_the_weights_of_its_model(kind, tied):
-    "Each shape as often as in the real one"
-    c = config(kind, tie_word_embeddings=tied)
+def test_every_family_has_the_weights_of_its_model(kind, more):
+    "Each shape as often as in the real one, with switches that a family has or has not"
+    c = config(kind, **more)
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(c)
     real = sorted(tuple(p.shape) for p in model.parameters())
     assert sorted(s for p in parts(c) for s in [p.shape]*p.times) == real
@@ -98,9 +99,38 @@ def test_the_guides_numbers():
 @pytest.mark.parametrize('broken,says', [
     (dict(model_type='mamba2'), "family 'mamba2'"), (dict(num_attention_heads=None), 'num_attention_heads'),
     (dict(vocab_size=-5), 'vocab_size'), (dict(hidden_size='wide'), 'hidden_size'),
-    (dict(model_type=None), "family 'None'"), (dict(model_type='mixtral'), 'number of experts')])
+    (dict(model_type=None), "family 'None'"), (dict(model_type='mixtral'), 'number of experts'),
+    (dict(num_key_value_heads=-2), 'num_key_value_heads'), (dict(num_key_value_heads='2'), 'num_key_value_heads'),
+    (dict(model_type='gemma2', head_dim=None), 'without head_dim'),
+    (dict(vision_config=dict(layers=3)), 'more than text'),
+    (dict(text_config=dict(layers=3)), 'more than text'), (dict(model_type=['llama']), 'family'),
+    (dict(model_type='qwen3_moe', num_experts=4, moe_intermediate_size=8, mlp_only_layers=[0]), 'no experts')])
 def test_configs_that_cannot_be_counted(broken, says):
     with pytest.raises(FtkitError, match=says): parts(config('llama').to_dict() | broken)
+
+@pytest.mark.parametrize('options,says', [
+    (dict(r='a'), 'whole number'), (dict(r=1.5), 'whole number'), (dict(targets=None), 'no targets'),
+    (dict(alpha=3), 'alpha'),
+    (dict(targets=['q_proj', 5]), 'no linear layer is called 5'), (dict(dtype=['bf16']), 'dtype'),
+    (dict(method='full', r=3), 'no option of full')])
+def test_options_that_are_none(options, says):
+    with pytest.raises(FtkitError, match=says): kept(config('llama'), **options)
+
+@pytest.mark.parametrize('what', [None, [1], '/no/where', 7])
+def test_what_is_no_config(what):
+    with pytest.raises(FtkitError, match='no config.json'): parts(what)
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_a_config_with_nothing_but_sizes(kind):
+    "As the real class would fill it in, or refused"
+    few = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, vocab_size=1000)
+    few |= {k: v for k,v in MORE.get(kind, {}).items()}
+    try: counted = sum(p.size for p in parts(few | dict(model_type=kind)))
+    except FtkitError as e: assert 'without' in str(e)
+    else:
+        c = AutoConfig.for_model(kind, **few, pad_token_id=0)
+        with torch.device('meta'): model = AutoModelForCausalLM.from_config(c)
+        assert counted == sum(p.numel() for p in model.parameters())
 
 def test_nothing_but_the_standard_library(tmp_path):
     import subprocess, sys
