@@ -168,11 +168,16 @@ class _Maths:
             heard = select.select([self.process.stdout], [], [], seconds)[0]
             if heard and (line := self.process.stdout.readline()): return json.loads(line)
         except BaseException: # what it says after an interrupt would be taken for the answer to the next question
-            self.process.kill()
+            self.end()
             raise
-        self.process.kill()
-        self.process.wait()
+        self.end()
         return False
+
+    def end(self):
+        "Nobody asks it again, dead or dying"
+        process,self.process = self.process,None
+        process.kill()
+        process.wait()
 
 _maths = _Maths()
 
