@@ -600,6 +600,18 @@ def _preference(objective, net):
 # %% ../nbs/45_simulate.ipynb #d527994a
 METHODS,ATTENTIONS = ('full', 'lora', 'qlora'), ('sdpa', 'flash', 'efficient', 'eager')
 
+def _check(length, batch, workspace, objective, method, upcast, lora, **setting):
+    "Refuse what does not exist, or does not go together"
+    known = dict(dtype=DTYPES, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS, optim=OPTIMS,
+                 reference=(None, *REFERENCES), loss=LOSSES, checkpointing=(False, True, 'reentrant'))
+    _asked(known, **{name: setting[name] for name in known})
+    _asked(dict(method=METHODS, objective=OBJECTIVES), method=method, objective=objective)
+    if not all(type(n) is int for n in (length, batch, workspace)) or workspace < 0: raise FtkitError(
+        f'length={length}, batch={batch}, workspace={workspace}: must be whole numbers')
+    if min(length - (objective != 'sft'), batch) < 1: raise FtkitError(f'length={length}, batch={batch}: too small')
+    if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
+    if lora and method == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
+
 def simulate(model,                # a config of transformers, a folder or a Hub id
              method='lora',        # one of `METHODS`
              length=2048,          # tokens of a row
@@ -622,15 +634,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     setting = {k: v for k,v in locals().items() if k not in ('model', 'torch', 'FakeTensorMode')}
-    known = dict(method=METHODS, dtype=DTYPES, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS, optim=OPTIMS,
-                 objective=OBJECTIVES, reference=(None, *REFERENCES), loss=LOSSES,
-                 checkpointing=(False, True, 'reentrant'))
-    _asked(known, **{name: setting[name] for name in known})
-    if not all(type(n) is int for n in (length, batch, workspace)) or workspace < 0: raise FtkitError(
-        f'length={length}, batch={batch}, workspace={workspace}: must be whole numbers')
-    if min(length - (objective != 'sft'), batch) < 1: raise FtkitError(f'length={length}, batch={batch}: too small')
-    if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
-    if lora and method == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
+    _check(**setting)
     config,kind = _config(model),getattr(torch, DTYPES[dtype])
     net,copy,how = _models(config, kind, setting)
     cast = lambda: torch.autocast('cpu', getattr(torch, DTYPES[autocast])) if autocast else nullcontext()
