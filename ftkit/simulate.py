@@ -31,46 +31,48 @@ class Event(NamedTuple):
     op: str = ''      # that made it
     shape: tuple = ()
 
+class _Ledger:
+    "Allocations and releases, in their order"
+    def __init__(self):
+        super().__init__()
+        self.events,self.live,self.kinds,self.phase,self.n,self.on = [],{},{},'load',0,True
+
+    def new(self, size, op='', shape=()):
+        self.n += 1
+        self.events.append(Event(self.n, size, self.phase, op, shape))
+        return self.n
+
+    def add(self, t, op=''):
+        "A tensor; its storage may be known"
+        storage = t.untyped_storage()
+        if storage._cdata in self.live: return
+        self.live[storage._cdata] = self.new(storage.nbytes(), op, tuple(t.shape))
+        weakref.finalize(storage, self.free, storage._cdata)
+
+    def free(self, key):
+        if n := self.live.pop(key, None): self.drop(n)
+
+    def drop(self, n): self.events.append(Event(-n, phase=self.phase))
+
+    def name(self, tensors, kind):
+        "Say what some tensors are"
+        for t in tensors:
+            if n := self.live.get(t.untyped_storage()._cdata): self.kinds[n] = kind
+
+    @contextmanager
+    def off(self):
+        "What is made meanwhile lies elsewhere"
+        self.on = False
+        try: yield
+        finally: self.on = True
+
 def meter(scratch=None # operation -> function of its arguments that says how many bytes it needs for itself
          ):            # a mode to be entered, with `events`, and a `phase` to be set
     "Write down what is allocated and freed"
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-    class Meter(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.events,self.live,self.kinds,self.phase,self.n,self.on = [],{},{},'load',0,True
-
-        def new(self, size, op='', shape=()):
-            self.n += 1
-            self.events.append(Event(self.n, size, self.phase, op, shape))
-            return self.n
-
-        def add(self, t, op=''):
-            "A tensor; its storage may be known"
-            storage = t.untyped_storage()
-            if storage._cdata in self.live: return
-            self.live[storage._cdata] = self.new(storage.nbytes(), op, tuple(t.shape))
-            weakref.finalize(storage, self.free, storage._cdata)
-
-        def free(self, key):
-            if n := self.live.pop(key, None): self.drop(n)
-
-        def drop(self, n): self.events.append(Event(-n, phase=self.phase))
-
-        def name(self, tensors, kind):
-            "Say what some tensors are"
-            for t in tensors:
-                if n := self.live.get(t.untyped_storage()._cdata): self.kinds[n] = kind
-
-        @contextmanager
-        def off(self):
-            "What is made meanwhile lies elsewhere"
-            self.on = False
-            try: yield
-            finally: self.on = True
-
+    class Meter(_Ledger, TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if not self.on: return out
