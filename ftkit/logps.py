@@ -53,7 +53,7 @@ def _frozen():
         def forward(ctx, hidden, weight, bias, targets, chunk, scale, softcap, smoothing, entropy):
             logps,entropies = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
             top1 = torch.empty_like(targets, dtype=torch.bool)
-            ctx.slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             for a in range(0, len(targets), chunk):
                 some,picks = slice(a, a+chunk),targets[a:a+chunk, None]
                 logits = _capped(linear(hidden[some], weight, bias).float(), scale, softcap)
@@ -64,15 +64,18 @@ def _frozen():
                 logps[some] = (picked - best + p.gather(-1, at).log()).squeeze(-1)
                 top1[some] = (at == picks).squeeze(-1)
                 if entropy: entropies[some] = torch.special.entr(p).sum(-1)
-                if ctx.slope is None: continue
+                if slope is None: continue
                 if smoothing: p.sub_(smoothing/p.shape[-1])
                 p.scatter_add_(-1, picks, p.new_full(picks.shape, smoothing-1)) # p - e_y
-                ctx.slope[some] = linear((p*bend*-scale if softcap else p.mul_(-scale)).to(weight.dtype), weight.T)
+                slope[some] = linear((p*bend*-scale if softcap else p.mul_(-scale)).to(weight.dtype), weight.T)
+            ctx.save_for_backward(slope)
             ctx.mark_non_differentiable(entropies, top1)
             return logps, entropies, top1
 
         @staticmethod
-        def backward(ctx, grad, *_): return (grad[:, None]*ctx.slope).to(ctx.slope.dtype), *[None]*8
+        def backward(ctx, grad, *_):
+            slope, = ctx.saved_tensors
+            return (grad[:, None]*slope).to(slope.dtype), *[None]*8
     return Frozen
 
 # %% ../nbs/30_logps.ipynb #3a0b52f5

@@ -270,9 +270,9 @@ def _point(model, head, other):
 
 # %% ../nbs/39_objectives.ipynb #3d07726f
 def _kto(model, head, batch, *, beta=.1, loss_type='kto', desirable_weight=1., undesirable_weight=1.):
-    found,label = answer_logps(model, head, batch),batch['label']
+    kl = _point(model, head, batch['kl']) if loss_type == 'kto' else batch['ref_logps'].new_zeros(())
+    found,label = answer_logps(model, head, batch),batch['label'] # second, as much of it is kept for the way back
     logps,ref = (_sums(x, batch) for x in (found.logps, batch['ref_logps']))
-    kl = _point(model, head, batch['kl']) if loss_type == 'kto' else logps.new_zeros(())
     loss = kto_loss(logps, ref, label, kl, beta, desirable_weight, undesirable_weight, loss_type)
     metrics = dict(kl=(kl, 1))
     for name,which in dict(chosen=label, rejected=~label).items():

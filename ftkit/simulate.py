@@ -397,8 +397,8 @@ def _kept(model, ids):
 
 def _own(model, ids):
     "ftkit's, from a chunk of logits at a time; every token is trained"
-    from ftkit.logps import Head, hidden_states
-    head = Head(model.get_output_embeddings())
+    from ftkit.logps import hidden_states
+    head = _head(model, 'sft')
     hidden = hidden_states(model, head, input_ids=ids)
     return -head.score(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).logps.mean()
 
