@@ -14,6 +14,7 @@ Modules:
 - `ftkit.grpo`: Several answers to one question are each other's yardstick: advantages, ratios and losses of GRPO and its kin
 - `ftkit.hparams`: Where to start, what is out of range, and who says so
 - `ftkit.kto`: Learn from answers that were liked or not, one by one, without pairs
+- `ftkit.layers`: The layers of a language model as transformers runs them, on a tape that counts bytes
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
 - `ftkit.logps`: How likely the model finds each token it should have written, without the matrix that does not fit
 - `ftkit.lora`: A small product beside a frozen matrix
@@ -35,6 +36,7 @@ Modules:
 - `ftkit.sft`: The loss of learning from examples: make the given answer likely
 - `ftkit.show`: What a model is trained on, how its loss falls, and what it answers, to look at
 - `ftkit.simulate`: One real training step without weights, numbers or a GPU: every allocation it would make, and the memory that takes
+- `ftkit.tape`: What autograd keeps for the way back, and what the way back takes, on tensors that are only a shape and a width
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
 - `ftkit.train`: One trainer for every objective, which goes on from its last checkpoint after a kill
