@@ -510,20 +510,29 @@ CHANGES = [ # (what it is, settings, where it changes something), in the order o
     ("an adapter", dict(method='lora', optim='adamw_torch_fused'), lambda s: s['method'] == 'full'),
     ("weights in four bits", dict(method='qlora'), lambda s: s['method'] == 'lora')]
 
+def _after(model, s, some):
+    "Estimates with one change after the other, where it changes anything"
+    out = []
+    for text,change,where in some:
+        if where(s):
+            out.append((text, estimate(model, **s | change)))
+            s = out[-1][1].setting
+    return out
+
 def changes(model,      # as in `read_config`
             gpu='t4',   # as in `fits`
             **settings  # of `estimate`
            ):           # list of (what to change, bytes it saves, `Fit` after it and those before it)
-    "Changes, one after the other until a step fits, each with what it saves"
-    now,out = estimate(model, **settings),[]
-    for text,change,where in CHANGES:
-        if fits(now, gpu).verdict == 'fits': break
-        if not where(now.setting): continue
-        after = estimate(model, **now.setting | change)
-        if after.allocated > .99*now.allocated: continue
-        out.append((text, now.allocated-after.allocated, fits(after, gpu)))
-        now = after
-    return out
+    "The changes that cost least of those that make a step fit, each with what it saves; all of them, where none do"
+    start = estimate(model, **settings)
+    def ok(some): return fits(([('', start)] + _after(model, start.setting, some))[-1][1], gpu).verdict == 'fits'
+    some = next((CHANGES[:n] for n in range(len(CHANGES)+1) if ok(CHANGES[:n])), CHANGES)
+    if ok(some):
+        for change in some[::-1]: # what is not needed, the dearest first
+            if ok(fewer := [c for c in some if c is not change]): some = fewer
+    found = _after(model, start.setting, some)
+    before = [start, *(e for _,e in found)]
+    return [(text, was.allocated-e.allocated, fits(e, gpu)) for (text,e),was in zip(found, before)]
 
 # %% ../nbs/06_memory.ipynb #018dc82f
 def largest(model,         # as in `read_config`
