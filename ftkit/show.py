@@ -2,7 +2,8 @@
 
 Pure functions from data to HTML or a matplotlib figure: `show_tokens` colours the tokens that are trained,
 `template_diff` sets two templates side by side, `length_histogram` counts, `loss_curve` and `preference_curves`
-draw a run, `rl_curves` one of reinforcement learning, `rollout_table` its answers, `calibration_plot` a reward model, `before_after` sets two scores side by side, `sample_table` the answers
+draw a run, `rl_curves` one of reinforcement learning, `rollout_table` its answers, `calibration_plot` a reward model, `memory_bars` and `memory_timeline`
+what a step needs, `before_after` sets two scores side by side, `sample_table` the answers
 of several steps, `transcript` prints a chat.
 
 Docs: https://ftkit.github.io/ftkit/show.html.md"""
@@ -11,8 +12,8 @@ Docs: https://ftkit.github.io/ftkit/show.html.md"""
 
 # %% auto #0
 __all__ = ['View', 'show_tokens', 'template_diff', 'length_histogram', 'lora_picture', 'nf4_picture', 'loss_curve',
-           'preference_curves', 'rl_curves', 'calibration_plot', 'table', 'before_after', 'answers', 'sample_table',
-           'rollout_table', 'transcript']
+           'preference_curves', 'rl_curves', 'calibration_plot', 'memory_bars', 'memory_timeline', 'table',
+           'before_after', 'answers', 'sample_table', 'rollout_table', 'transcript']
 
 # %% ../nbs/70_show.ipynb #2292d783
 from difflib import SequenceMatcher
@@ -294,6 +295,70 @@ def calibration_plot(found, # from `ftkit.reward.calibration`
     ax.set(xlabel='chance it gives its own choice', ylabel='share right', xlim=(.48, 1.02), ylim=(0, 1.04))
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, loc='lower right')
+    return ax.figure
+
+# %% ../nbs/70_show.ipynb #b06cf54e
+_KINDS = dict(weights='#6b7280', reference='#9ca3af', adapter='#2d6a4f', states='#d97706', gradients='#b91c1c',
+              activations='#2563eb', logits='#9333ea', backward='#0891b2', optimizer='#f59e0b', workspace='#d1d5db')
+_SAME = {'optimizer states': 'states', 'optimizer step': 'optimizer', 'other weights': 'weights'}
+
+def _by_kind(bytes_):
+    "GiB of each kind, in the order of the colours"
+    out = dict.fromkeys(_KINDS, 0)
+    for kind,n in bytes_.items(): out[_SAME.get(kind, kind)] += n/2**30
+    return out
+
+def memory_bars(needs, # an `Estimate` or a `Simulation`, or several by their names
+                gpus=('t4', 'l4', 'a100'), # lines: of `ftkit.memory.GPUS`
+                ax=None # matplotlib axes to draw on
+               ):       # matplotlib figure
+    "What is in memory at the worst moment of a step, beside what GPUs have"
+    from ftkit.memory import GPUS
+    needs = needs if isinstance(needs, dict) else {'': needs}
+    found = {name: _by_kind(n.at_peak) for name,n in needs.items()}
+    ax,left = ax or _figure(size=(6.4, .9 + .38*len(needs))),[0]*len(needs)
+    for kind,colour in _KINDS.items():
+        sizes = [f[kind] for f in found.values()]
+        if max(sizes) < .02: continue
+        ax.barh([*found], sizes, left=left, color=colour, label=kind, height=.7)
+        left = [a+b for a,b in zip(left, sizes)]
+    for gpu in (g for g in gpus if GPUS[g] < 2.5*max(left)):
+        ax.axvline(GPUS[gpu], color='#b91c1c', ls='--', lw=1)
+        ax.annotate(gpu, (GPUS[gpu], 1), xycoords=('data', 'axes fraction'), color='#b91c1c', fontsize=8, ha='center',
+                    va='bottom')
+    ax.invert_yaxis()
+    ax.set(xlabel='GiB')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.figure.legend(frameon=False, ncol=5, loc='outside lower center', fontsize=8)
+    return ax.figure
+
+# %% ../nbs/70_show.ipynb #cc8ff27f
+def _last_step(curve):
+    "The events of the last step"
+    phases = [phase for phase,_ in curve]
+    last = max(k for k,p in enumerate(phases) if p == 'forward')
+    start = max((k for k in range(last) if phases[k] not in ('forward', 'reference')), default=-1) + 1
+    return curve[start:]
+
+def memory_timeline(simulation, # of `ftkit.simulate.simulate`
+                    points=400, # drawn; of several events, the one with most in use
+                    ax=None     # matplotlib axes to draw on
+                   ):           # matplotlib figure
+    "What is in memory from the beginning of a step to its end"
+    events = _last_step(simulation.curve())
+    size = max(1, len(events)//points)
+    some = [max(events[k:k+size], key=lambda e: sum(e[1].values())) for k in range(0, len(events), size)]
+    ax,by = ax or _figure(size=(6.4, 2.4)),[_by_kind(kinds) for _,kinds in some]
+    kinds = [k for k in _KINDS if max(b[k] for b in by) > .01*max(sum(b.values()) for b in by)]
+    ax.stackplot(range(len(by)), *([b[k] for b in by] for k in kinds), labels=kinds, colors=[*map(_KINDS.get, kinds)])
+    phases = [phase for phase,_ in some]
+    for phase in dict.fromkeys(phases):
+        if phases.count(phase) < len(phases)/50: continue
+        ax.axvline(phases.index(phase), color='#111', lw=.5)
+        ax.annotate(phase, (phases.index(phase), 1), xycoords=('data', 'axes fraction'), fontsize=8, va='bottom')
+    ax.set(xlim=(0, len(by)-1), xticks=[], ylabel='GiB')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.figure.legend(frameon=False, ncol=5, loc='outside lower center', fontsize=8)
     return ax.figure
 
 # %% ../nbs/70_show.ipynb #1245afb5
