@@ -1,4 +1,6 @@
-"""The closed form against the trace: `python bench/estimate.py [N] [processes]`, one row each in bench/estimate.csv"""
+"""The closed form against the trace: `python bench/estimate.py [N] [processes]`, one row each in bench/estimate.csv
+
+With N=0 only the closed form is computed again, against what has been traced."""
 import csv, random, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -85,22 +87,36 @@ def compared(row):
 NAMES = ('method attention checkpointing dtype autocast objective length batch optim lora double_quant upcast loss '
          'reference').split()
 
-def main(n=550, processes=2):
+def again():
+    "The closed form once more, against what has been traced"
+    from ftkit.memory import estimate
+    with open(HERE/'estimate.csv') as f: done = [*csv.DictReader(f)]
+    configs = {name: model(name) for name in MODELS}
+    for (name,s),row in zip(drawn(len(done)), done):
+        start = time.perf_counter()
+        found = estimate(configs[name], **s)
+        row |= dict(estimated=found.allocated, peak=found.peak, estimate_s=round(time.perf_counter()-start, 4))
+    return done
+
+def traced(n, processes):
+    "Both, for n settings"
     done = []
-    with ProcessPoolExecutor(processes) as pool, open(HERE/'estimate.csv', 'w', newline='') as f:
-        for k,row in enumerate(pool.map(compared, drawn(n))):
-            if not k:
-                out = csv.DictWriter(f, row, lineterminator='\n')
-                out.writeheader()
-            out.writerow(row)
-            f.flush()
+    with ProcessPoolExecutor(processes) as pool:
+        for row in pool.map(compared, drawn(n)):
             done.append(row)
-            print(f'\r{k+1} of {n}', end='', file=sys.stderr)
-    errors = [r['estimated']/r['simulated']-1 for r in done]
-    size = sorted(map(abs, errors))
-    print(f"{len(done)} settings: median {size[len(size)//2]:.2%}, 95th percentile {size[int(.95*len(size))]:.2%}, "
-          f"worst {size[-1]:.2%}, bias {sum(errors)/len(errors):+.2%}; "
-          f"{sorted(r['estimate_s'] for r in done)[len(done)//2]*1e3:.1f} ms against "
-          f"{sorted(r['simulate_s'] for r in done)[len(done)//2]:.1f} s")
+            print(f'\r{len(done)} of {n}', end='', file=sys.stderr)
+    return done
+
+def main(n=550, processes=2):
+    done = traced(n, processes) if n else again()
+    with open(HERE/'estimate.csv', 'w', newline='') as f:
+        out = csv.DictWriter(f, done[0], lineterminator='\n')
+        out.writeheader()
+        out.writerows(done)
+    errors = [int(r['estimated'])/int(r['simulated'])-1 for r in done]
+    size,half = sorted(map(abs, errors)),len(done)//2
+    ms,s = sorted(float(r['estimate_s']) for r in done)[half]*1e3,sorted(float(r['simulate_s']) for r in done)[half]
+    print(f'{len(done)} settings: median {size[half]:.2%}, 95th percentile {size[int(.95*len(size))]:.2%}, '
+          f'worst {size[-1]:.2%}, bias {sum(errors)/len(errors):+.2%}; {ms:.1f} ms against {s:.1f} s')
 
 if __name__ == '__main__': main(*map(int, sys.argv[1:]))

@@ -92,10 +92,11 @@ def _turned(x):
     return made([x], lambda grad: [grad.new()], block=x.block)
 
 # %% ../nbs/05_layers.ipynb #0200a79d
-def repeated(x, n):
-    "For n heads each"
+def repeated(x, n, one=False):
+    "For n heads each; the bytes are the same where all heads share them"
     shape = x.shape
-    return x if n == 1 else made([x], lambda grad: [grad.new(shape)], shape=(shape[0], shape[1]*n))
+    if n == 1: return x
+    return made([x], lambda grad: [grad.new(shape)], shape=(shape[0], shape[1]*n), block=x.block if one else None)
 
 def fused_attention(q, k, v, net):
     "One kernel for all"
@@ -165,7 +166,8 @@ def _attended(q, k, v, net):
     n = net.heads//net.kv
     kernel = net.masked or n == 1 or q.width < 4 or q.tape.autocast or net.attention == 'efficient'
     if net.attention != 'eager' and not kernel: return shown_scores(q, k, v, net)
-    if net.attention in ('efficient', 'eager') or net.masked: k,v = repeated(k, n),repeated(v, n)
+    one = net.kv == 1 and (net.masked or net.attention == 'eager' and net.batch == 1)
+    if net.attention in ('efficient', 'eager') or net.masked: k,v = (repeated(x, n, one) for x in (k, v))
     if net.attention == 'eager': return all_scores(q, k, v, net)
     y = fused_attention(q, k, v, net)
     return copied(y) if net.fused else y

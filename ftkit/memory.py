@@ -340,8 +340,10 @@ def _passes(c, s):
     n,windowed = c['num_hidden_layers'],_windows(c, s)
     two,more = _all_layers(c, s, bool(windowed))
     if windowed in (0, n): return _sum(two, more, n-2) if more else two
-    _,other = _all_layers(c, s, False)
-    return _sum(_sum(two, more, windowed-2), other, n-windowed)
+    plain,other = _all_layers(c, s, False)
+    both = [_sum(_sum(two, more, windowed-2), other, n-windowed),
+            _sum(_sum(plain, other, n-windowed-2), more, windowed)]
+    return {p: max((b[p] for b in both), key=lambda kinds: sum(kinds.values())) for p in both[0]}
 
 # %% ../nbs/06_memory.ipynb #561902a0
 @dataclass
@@ -378,7 +380,7 @@ class Estimate:
         return f'{self.allocated/2**30:.2f} GiB, the most in {self.peak}: {some}'
 
 # %% ../nbs/06_memory.ipynb #012e2ede
-WORKSPACE,MARGIN = 8519680,1.1 # bytes that cuBLAS takes, 32 MiB on Hopper; what is reserved over what is in use
+WORKSPACE,MARGIN = 8519680,1.2 # bytes that cuBLAS takes, 32 MiB on Hopper; what is reserved over what is in use
 
 def _asked(s):
     "The LoRA of settings that exist"
