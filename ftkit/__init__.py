@@ -5,6 +5,7 @@ Modules:
 - `ftkit.answers`: Pairs and labelled answers: encoded, cut, and laid so that the prompt is computed once
 - `ftkit.audit`: Ways to ruin a data set without an error message, each found by name
 - `ftkit.chat`: From messages to the exact text a model sees, and who wrote which part of it
+- `ftkit.choose`: Prompt, search, pre-train or tune? By which method, with which adapter, on how much data, from which model? Each answer with its reason
 - `ftkit.cli`: `ftkit sft` tunes a model on your file, `ftkit chat` talks to it, `ftkit merge` makes one model of it, `ftkit memory` says what it needs
 - `ftkit.core`: The machine, its settings, and errors that say what to do
 - `ftkit.dpo`: Learn from pairs of answers without a reward model, in fifteen ways

@@ -1,0 +1,142 @@
+"Advice: every bullet of the guide's framework and every leaf of the trees is reached, and stands where it says it does"
+import re
+import pytest
+from ftkit.choose import (ADAPTERS, AMOUNTS, APPROACHES, FRAMEWORKS, HARDWARE, METHOD_RULES, MODELS, SIZES, advise,
+                          choose_adapter, choose_approach, choose_base, choose_data, choose_framework, choose_method,
+                          hardware)
+from ftkit.core import FtkitError
+from ftkit.memory import METHODS, parts
+
+TRIED = dict(measured=True, prompted=True)
+BULLETS = { # line of the guide or the notes -> (what is known, the choice it speaks for, or warns of)
+    'guide, line 18': (dict(), 'prompt'), 'guide, line 19': (dict(), 'prompt'),
+    'guide, line 20': (TRIED | dict(enough=False), 'retrieval'), 'guide, line 21': (dict(prompted=True), 'prompt'),
+    'guide, line 22': (TRIED | dict(enough=False, examples=20), 'collect examples'),
+    'guide, line 23': (TRIED | dict(examples=500), 'fine-tune'),
+    'guide, line 29': (TRIED | dict(own=True), 'fine-tune'),
+    'guide, line 30': (TRIED | dict(unique=True), 'fine-tune'),
+    'guide, line 31': (TRIED | dict(beyond=True), 'fine-tune'),
+    'guide, line 32': (TRIED | dict(staff=False, strict=True), 'a service that tunes'),
+    'guide, line 38': (TRIED | dict(unknown=True, strict=True), 'fine-tune'),
+    'guide, line 39': (TRIED | dict(facts=True, strict=True), 'fine-tune'),
+    'guide, line 40': (TRIED | dict(keep=True, strict=True), 'fine-tune'),
+    'guide, line 41': (TRIED | dict(far=True, strict=True), 'fine-tune'),
+    'notes, line 16': (TRIED | dict(enough=False), 'fine-tune'),
+    'notes, line 17': (TRIED | dict(changing=True), 'retrieval'),
+    'notes, line 18': (TRIED | dict(far=True, text=True), 'continued pre-training'),
+    'notes, line 19': (TRIED | dict(strict=True), 'fine-tune')}
+
+@pytest.mark.parametrize('line', BULLETS)
+def test_every_bullet_speaks(line):
+    "Where what it is about is known, and not where it is not"
+    known,choice = BULLETS[line]
+    said = {a.choice: [s for _,s in a.reasons + a.warnings] for a in choose_approach(**known)}
+    assert line in said[choice]
+    calm = choose_approach(**TRIED | dict(strict=True)) if known else choose_approach(**TRIED)
+    assert line == 'notes, line 19' or not any(line in (s for _,s in a.reasons + a.warnings) for a in calm)
+
+def test_every_rule_has_its_bullet():
+    assert {r.source for r in APPROACHES} == {*BULLETS}
+
+def test_the_ranking():
+    "What decides comes first"
+    first = lambda **known: choose_approach(**known)[0].choice
+    assert first() == 'prompt' and first(examples=10**6, strict=True) == 'prompt'
+    assert first(**TRIED, enough=True) == 'prompt' and first(**TRIED, changing=True, facts=True) == 'retrieval'
+    assert first(**TRIED, enough=False, strict=True, examples=1000) == 'fine-tune'
+    assert first(**TRIED, far=True, text=True) == 'continued pre-training'
+    assert first(**TRIED, enough=False, examples=10) == 'collect examples'
+    assert choose_approach(**TRIED) == [] # nothing speaks for anything
+
+LEAVES = [(dict(reward=True), 'grpo'), (dict(reward=True, pairs=True), 'grpo'), (dict(pairs=True), 'dpo'),
+          (dict(labels=True), 'kto'), (dict(examples=True), 'sft'), (dict(examples=False), 'make data first'),
+          (dict(), 'sft'),
+          (dict(pairs=True, one_stage=True), 'orpo'), (dict(pairs=True, rank=True), 'reward model'),
+          (dict(pairs=True, examples=True), 'dpo'), (dict(labels=True, examples=True), 'kto')]
+
+@pytest.mark.parametrize('known,leaf', LEAVES, ids=lambda x: str(x))
+def test_every_leaf_of_the_tree(known, leaf):
+    assert choose_method(**known)[0].choice == leaf
+
+def test_every_method_is_a_leaf():
+    assert {r.choice for r in METHOD_RULES} == {leaf for _,leaf in LEAVES}
+    assert all(any(r.where(k) for k in map(dict_of, (k for k,_ in LEAVES))) for r in METHOD_RULES)
+
+def dict_of(known):
+    from ftkit.choose import Known
+    return Known(known)
+
+WORDS = { # of the line that a source names
+    'guide': {
+        18: 'prompt engineering', 19: 'closed-source', 20: 'retrieval', 21: 'evaluation', 22: 'dataset', 23:
+        'enough data', 29: 'ownership', 30: 'Customizability', 31: 'moderation', 32: 'providers', 38:
+        'distance', 39: 'hallucination', 40: 'forgetting', 41: 'Limited knowledge', 123: '1,000', 128:
+        'LIMA', 141: '1 million', 152: '100,000', 538: 'QLoRA preferred', 540: 'LoRA preferred', 711:
+        'License', 712: 'Budget', 713: 'Performance', 717: 'Llama 3.1'},
+    'method page': {
+        78: 'Reward Modeling', 85: 'GRPO', 94: 'DPO', 99: 'KTO', 104: 'SFT', 108: 'create training data',
+        113: 'When in doubt', 118: 'Data complexity', 119: 'Compute cost', 125: 'ORPO', 132: 'Quality', 158:
+        'Quality'},
+    'notes': {
+        16: 'prompting', 17: 'RAG', 18: 'pre-training', 19: 'tightly', 33: 'quality', 35: 'Distillation'}}
+KEYWORDS = {f'{name}, line {n}': word for name,lines in WORDS.items() for n,word in lines.items()}
+
+def sources():
+    "Every source that an advice names"
+    said = [r.source for r in APPROACHES + METHOD_RULES] + [s for rows in ADAPTERS.values() for _,s in rows]
+    said += [a.source for a in AMOUNTS.values()] + [m.source for m in MODELS]
+    for a in (*choose_base(), choose_data('task', 10)): said += [s for _,s in a.reasons + a.warnings]
+    return {part for s in said for part in s.split(', guide')[:1]} - {'its model card'}
+
+def test_sources_stand_where_they_are_said_to(shared):
+    "The line that an advice names is about it"
+    files = {'guide': '003', 'notes': '004', 'method page': '000'}
+    lines = {name: next((shared.parent/'seeds').glob(f'{n}*')).read_text().split('\n') for name,n in files.items()}
+    assert sources() <= {*KEYWORDS}
+    for source,word in KEYWORDS.items():
+        name,n = re.fullmatch(r'(.*), line (\d+)', source).groups()
+        assert word.lower() in lines[name][int(n)-1].lower(), source
+
+def test_the_hardware_table_is_the_method_pages(shared):
+    "Cell by cell, and each has its number in the ledger"
+    import csv
+    with open(shared.parent/'reference'/'seed_numbers.csv') as f: rows = {r['id']: r for r in csv.DictReader(f)}
+    for (size,method),(low,high,gpus,claim) in HARDWARE.items():
+        text = ' '.join(map(str, rows[claim].values()))
+        assert f'{size} model' in text and dict(qlora='QLoRA', lora='LoRA (bf16)', full='Full')[method] in text
+        many = f'{low//80}-{high//80}x 80' if gpus > 2 else f'{gpus}x 80'
+        shown = many if low >= 160 else f'{low}+' if high is None else f'{low}-{high}'
+        assert shown in text, (size, method)
+
+def test_each_size_is_of_its_size():
+    for size,models in SIZES.items():
+        low,high = map(float, re.fullmatch(r'(\d+)-(\d+)B', size).groups())
+        for c in models: assert .85*low <= sum(p.size for p in parts(c))/1e9 <= 1.08*high
+
+def test_every_cell_has_a_figure():
+    cells = hardware()
+    assert len(cells) == 15 and all(0 < c.least < c.most <= c.without for c in cells)
+    for c in cells: # a verdict is what the figures say
+        inside = c.says[0] <= 1.05*c.most and (c.says[1] is None or c.says[1] >= .95*c.most)
+        assert (c.verdict == 'holds') == inside
+
+def test_adapters_by_what_fits():
+    small,large = SIZES['1-3B'][0],SIZES['70-72B'][0]
+    assert {a.choice for a,_ in choose_adapter(small)} == {*METHODS}
+    best = {p: choose_adapter(small, 'h200', p)[0][0].choice for p in ('quality', 'speed', 'memory')}
+    assert best == dict(quality='full', speed='lora', memory='qlora')
+    assert choose_adapter(large, 'a100', 'quality')[0][0].choice == 'qlora'
+    assert not any(f for _,f in choose_adapter(large, 't4')) # nothing fits, and nothing is said to
+    with pytest.raises(FtkitError, match='priority'): choose_adapter(small, priority='luck')
+
+def test_models_data_and_frameworks():
+    assert all(a.choice != 'Qwen/Qwen2.5-3B' for a in choose_base(commercial=True))
+    for budget,there in (('large', True), ('small', False)):
+        assert any('70B' in a.choice for a in choose_base(budget=budget)) == there
+    assert choose_base(scores={'Qwen/Qwen2.5-0.5B': 1.})[0].choice == 'Qwen/Qwen2.5-0.5B'
+    assert choose_data('task', 99).warnings and not choose_data('task', 100).warnings
+    assert len(FRAMEWORKS) == 11 and choose_framework(*FRAMEWORKS['TRL']) == ['TRL', 'Axolotl']
+    for f,args in ((choose_data, ('luck',)), (choose_base, (False, 'none')), (choose_framework, ('luck',))):
+        with pytest.raises(FtkitError): f(*args)
+    with pytest.raises(FtkitError, match='no fact'): choose_method(luck=True)
+    assert advise([], {}) == []
