@@ -84,7 +84,7 @@ APPROACHES = [
     Rule('continued pre-training', 4, lambda k: k.far and k.text, 'the base model knows the domain badly', _N(18)),
     Rule('continued pre-training', 2, lambda k: k.unknown and k.text, 'pairs do not teach what is so far', _G(38)),
     Rule('fine-tune', 3, lambda k: k.strict, 'tight instructions and targeted skills are what tuning is for', _N(19)),
-    Rule('fine-tune', 2, lambda k: k.prompted and k.enough is False, 'prompts and instructions were not enough', _N(16)),
+    Rule('fine-tune', 2, lambda k: k.prompted and k.enough is False, 'prompts were not enough', _N(16)),
     Rule('fine-tune', 2, lambda k: (k.examples or 0) >= 100, 'there are examples enough to consider it', _G(23)),
     Rule('fine-tune', 1, lambda k: k.own, 'control, and data that stay yours', _G(29)),
     Rule('fine-tune', 1, lambda k: k.unique, 'a model that is yours alone', _G(30)),
@@ -259,7 +259,8 @@ def choose_base(commercial=False, # must its licence allow that?
 _COLUMNS = 'sft', 'preferences', 'rl', 'multimodal', 'full', 'lora', 'distributed'
 FRAMEWORKS = {name: {c: x == '1' for c,x in zip(_COLUMNS, cells)} for name,cells in dict(
     TRL='1111111', Axolotl='1111111', OpenInstruct='1110111', Unsloth='1111110', vERL='1011111',
-    **{'Prime RL': '1010111'}, PipelineRL='0010111', ART='0010010', TorchForge='1010101', NemoRL='1110101', OpenRLHF='1110111').items()}
+    **{'Prime RL': '1010111'}, PipelineRL='0010111', ART='0010010', TorchForge='1010101',
+    NemoRL='1110101', OpenRLHF='1110111').items()}
 
 def choose_framework(*needs # of sft, preferences, rl, multimodal, full, lora, distributed
                     ):      # list of names
