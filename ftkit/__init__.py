@@ -20,7 +20,7 @@ Modules:
 - `ftkit.logps`: How likely the model finds each token it should have written, without the matrix that does not fit
 - `ftkit.lora`: A small product beside a frozen matrix
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
-- `ftkit.memory`: What weights, adapters, gradients and optimizers take, to the byte, from a config alone
+- `ftkit.memory`: What a training step takes, from a config alone, and on which GPU it goes
 - `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
 - `ftkit.nf4`: Four bits for a weight, and QLoRA on top

@@ -1,8 +1,9 @@
-"""What weights, adapters, gradients and optimizers take, to the byte, from a config alone
+"""What a training step takes, from a config alone, and on which GPU it goes
 
 Part of the memory of a training run does not depend on its data: the weights, what is trained of them or beside them, its gradients and
-what the optimizer keeps of it. A config says how many numbers that is, and this module how many bytes, without torch and without a
-model. What passes through the model comes on top; [`simulate`](45_simulate.ipynb) says how much that is.
+what the optimizer keeps of it. A config says how many bytes that is. What passes through the model comes on top, and follows from its
+layers. `estimate` puts both together, in milliseconds, without torch and without a model; `fits` says on which GPU that goes, and
+`changes` what would have to change. [`simulate`](45_simulate.ipynb) traces the installed libraries instead, for any model.
 
 Docs: https://ftkit.github.io/ftkit/memory.html.md"""
 
