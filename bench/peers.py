@@ -6,7 +6,7 @@ The same rows as bench/memory.py, whose last figures for `simulate` it takes fro
 closest settings that it accepts: `fitcheck-llm` all of them; accelerate's and DeepSpeed's estimators know of no
 adapter, of no rows and of no logits, and get the number of weights; so do the sixteen bytes a weight and the
 activations of Korthikanti et al. 2022, which are EleutherAI's formula. fitcheck-llm and DeepSpeed's sources are fetched
-when they are first asked for (needs a package index). Prints mean and worst errors, best first; writes bench/peers.json.
+when they are first asked for (needs a package index). Prints mean and worst errors, best first; writes peers.json.
 """
 import os
 os.environ |= dict(IN_TEST='1', HF_HUB_OFFLINE='1')
