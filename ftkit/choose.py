@@ -47,6 +47,8 @@ class Known(dict):
 def _known(facts, given):
     if odd := sorted({*given} - {*facts}): raise FtkitError(
         f"{', '.join(odd)} is no fact of this choice: use some of {', '.join(facts)}")
+    if odd := [f'{k}={v!r}' for k,v in given.items() if v is not None and type(v) not in (bool, int)]: raise FtkitError(
+        f"{', '.join(odd)}: say yes or no, or a number")
     return Known(given)
 
 def advise(rules, # of `Rule`
@@ -144,11 +146,15 @@ def choose_adapter(model,        # as in `ftkit.memory.read_config`
     "Full fine-tuning, LoRA or QLoRA, by what fits"
     if priority not in PRIORITIES: raise FtkitError(f"priority '{priority}' is unknown: use quality, speed or memory")
     own = dict(dtype='fp16', attention='efficient') if gpu == 't4' else {} # which has neither bf16 nor flash
-    out = []
+    out,last = [],None
     for k,method in enumerate(PRIORITIES[priority]):
-        fit = fits(estimate(model, method, **dict(checkpointing=True) | own | settings), gpu)
+        try: fit = fits(estimate(model, method, **dict(checkpointing=True) | own | settings), gpu)
+        except FtkitError as e: # what cannot be counted is not ranked
+            last = e
+            continue
         weight = dict(fits=6, tight=3).get(fit.verdict, 0) - k
         out.append((Advice(method, weight, ADAPTERS[method] + [(repr(fit), 'counted')]), fit))
+    if not out: raise last
     return sorted(out, key=lambda x: -x[0].weight)
 
 # %% ../nbs/07_choose.ipynb #8c6967f0

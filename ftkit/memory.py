@@ -61,9 +61,11 @@ def read_config(config # a dictionary, a folder with `config.json`, or a config 
     if config.get('text_config') or config.get('vision_config'): raise FtkitError(
         'this config is of more than text, whose other weights are not counted: simulate traces its text_config')
     needed = 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size', 'intermediate_size'
-    other = [n for n in ('num_key_value_heads', 'head_dim') if config.get(n) is not None]
+    other = [n for n in ('num_key_value_heads', 'head_dim', 'sliding_window') if config.get(n) is not None]
     if lacking := [n for n in (*needed, *other) if type(config.get(n)) is not int or config[n] < 1]: raise FtkitError(
         f"{', '.join(lacking)} of this config: no whole number above 0, so that it cannot be counted")
+    if config['num_attention_heads'] % (config.get('num_key_value_heads') or 1): raise FtkitError(
+        f"{config['num_attention_heads']} heads cannot share {config['num_key_value_heads']} of keys and values")
     return config
 
 def _experts(c, family, hidden):
@@ -340,7 +342,7 @@ def _passes(c, s):
     "The way there and the way back, of all layers"
     n,windowed = c['num_hidden_layers'],_windows(c, s)
     two,more = _all_layers(c, s, bool(windowed))
-    if windowed in (0, n): return _sum(two, more, n-2) if more else two
+    if windowed in (0, n) or not more: return _sum(two, more, n-2) if more else two
     plain,other = _all_layers(c, s, False)
     both = [_sum(_sum(two, more, windowed-2), other, n-windowed),
             _sum(_sum(plain, other, n-windowed-2), more, windowed)]
@@ -389,7 +391,7 @@ def _asked(s):
                  objective=OBJECTIVES, reference=(None, *REFERENCES), loss=LOSSES,
                  checkpointing=(False, True, 'reentrant'))
     for name,values in known.items():
-        if s[name] not in values: raise FtkitError(
+        if s[name] not in [*values]: raise FtkitError(
             f"{name} '{s[name]}' is unknown: use one of {', '.join(map(str, values))}")
     numbers = length,batch,workspace = [s[n] for n in ('length', 'batch', 'workspace')]
     if not all(type(n) is int for n in numbers) or length < 1 + (s['objective'] != 'sft') or batch < 1 or workspace < 0:
@@ -397,6 +399,7 @@ def _asked(s):
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise FtkitError(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
     if s['upcast'] and s['method'] != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
+    if not isinstance(s['lora'] or {}, dict): raise FtkitError(f"lora={s['lora']}: must be a dictionary")
     if s['lora'] and s['method'] == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
     return _lora(s['lora'] or {})
 
@@ -491,9 +494,10 @@ def fits(needs,    # an `Estimate`, or a `Simulation`
          gpu='t4'  # one of `GPUS`, or bytes
         ):         # `Fit`
     "Does it go on a GPU? Not where what is in use is more than there is; tightly where what is reserved is"
-    if type(gpu) is not int and str(gpu) not in GPUS: raise FtkitError(
+    name,known = f'{gpu/2**30:.0f} GiB' if type(gpu) is int else str(gpu).lower(),type(gpu) is int
+    if not known and name not in GPUS: raise FtkitError(
         f"gpu '{gpu}' is unknown: use one of {', '.join(GPUS)}, or bytes")
-    name,capacity = (f'{gpu/2**30:.0f} GiB', gpu) if type(gpu) is int else (str(gpu), int(GPUS[str(gpu)]*2**30))
+    capacity = gpu if known else int(GPUS[name]*2**30)
     own = CONTEXT.get(name, 2**29)
     needed,reserved = needs.allocated+own,needs.reserved+own
     verdict = 'does not fit' if needed > capacity else 'tight' if reserved > capacity else 'fits'
@@ -519,9 +523,11 @@ def _after(model, s, some):
     "Estimates with one change after the other, where it changes anything"
     out = []
     for text,change,where in some:
-        if where(s):
-            out.append((text, estimate(model, **s | change)))
-            s = out[-1][1].setting
+        try: new = estimate(model, **s | change) if where(s) else None
+        except FtkitError: continue # what is not counted, such as adapters of experts
+        if new:
+            out.append((text, new))
+            s = new.setting
     return out
 
 def changes(model,      # as in `read_config`

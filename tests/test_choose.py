@@ -128,6 +128,10 @@ def test_adapters_by_what_fits():
     assert choose_adapter(large, 'a100', 'quality')[0][0].choice == 'qlora'
     assert not any(f for _,f in choose_adapter(large, 't4')) # nothing fits, and nothing is said to
     with pytest.raises(FtkitError, match='priority'): choose_adapter(small, priority='luck')
+    with pytest.raises(FtkitError, match="gpu 'gtx'"): choose_adapter(small, 'gtx')
+    with pytest.raises(FtkitError, match='yes or no'): choose_approach(examples='many')
+    moe = small | dict(model_type='mixtral', num_local_experts=4, num_experts_per_tok=2)
+    assert [a.choice for a,_ in choose_adapter(moe, 'h200')] == ['full'] # adapters on experts are not counted
 
 def test_models_data_and_frameworks():
     assert all(a.choice != 'Qwen/Qwen2.5-3B' for a in choose_base(commercial=True))

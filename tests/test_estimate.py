@@ -151,6 +151,25 @@ def test_what_is_refused(wrong, text):
 def test_configs_that_are_none(config, text):
     with pytest.raises(FtkitError, match=text): estimate(config)
 
+@pytest.mark.parametrize('wrong,text', [
+    (dict(num_key_value_heads=3), 'cannot share'), (dict(num_key_value_heads=8), 'cannot share'),
+    (dict(model_type='mistral', sliding_window='x'), 'sliding_window')])
+def test_configs_that_cannot_be(wrong, text):
+    with pytest.raises(FtkitError, match=text): estimate(LLAMA | wrong)
+
+@pytest.mark.parametrize('layers', [1, 2, 3])
+def test_few_layers_with_windows(layers):
+    assert estimate(LLAMA | dict(model_type='gemma2', sliding_window=16, num_hidden_layers=layers), length=64).allocated
+
+def test_what_is_not_counted_is_left_out():
+    "Adapters on experts: no change, and no error"
+    moe = LLAMA | dict(model_type='mixtral', num_local_experts=4, num_experts_per_tok=2)
+    found = [text for text,*_ in changes(moe, 2**20, method='full', optim='adamw_torch')]
+    assert found and 'an adapter' not in found
+    for wrong in (dict(lora=[1]), dict(dtype=[1])):
+        with pytest.raises(FtkitError): estimate(LLAMA, **wrong)
+    assert fits(estimate(LLAMA), 'T4').gpu == 't4'
+
 def test_absurd_numbers_get_an_answer():
     "A vocabulary of a million, rows of ten million tokens, a GPU of nothing"
     assert isinstance(estimate(LLAMA8 | dict(vocab_size=10**6), length=10**7, batch=64), Estimate)
