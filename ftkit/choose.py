@@ -155,7 +155,7 @@ def choose_adapter(model,        # as in `ftkit.memory.read_config`
         weight = dict(fits=6, tight=3).get(fit.verdict, 0) - k
         out.append((Advice(method, weight, ADAPTERS[method] + [(repr(fit), 'counted')]), fit))
     if not out: raise last
-    return sorted(out, key=lambda x: -x[0].weight)
+    return sorted(out, key=lambda x: (-x[0].weight, x[1].needed) if any(f for _,f in out) else (0, x[1].needed))
 
 # %% ../nbs/07_choose.ipynb #8c6967f0
 def _llama(hidden, layers, heads, kv, mlp, vocab): return dict(

@@ -61,7 +61,8 @@ def read_config(config # a dictionary, a folder with `config.json`, or a config 
     if config.get('text_config') or config.get('vision_config'): raise FtkitError(
         'this config is of more than text, whose other weights are not counted: simulate traces its text_config')
     needed = 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size', 'intermediate_size'
-    other = [n for n in ('num_key_value_heads', 'head_dim', 'sliding_window') if config.get(n) is not None]
+    other = [n for n in ('num_key_value_heads', 'head_dim') if config.get(n) is not None]
+    if config.get('sliding_window'): other.append('sliding_window')
     if lacking := [n for n in (*needed, *other) if type(config.get(n)) is not int or config[n] < 1]: raise FtkitError(
         f"{', '.join(lacking)} of this config: no whole number above 0, so that it cannot be counted")
     if config['num_attention_heads'] % (config.get('num_key_value_heads') or 1): raise FtkitError(
@@ -389,12 +390,12 @@ def _asked(s):
     "The LoRA of settings that exist"
     known = dict(method=METHODS, dtype=WIDTHS, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS,
                  objective=OBJECTIVES, reference=(None, *REFERENCES), loss=LOSSES,
-                 checkpointing=(False, True, 'reentrant'))
+                 checkpointing=(False, True))
     for name,values in known.items():
         if s[name] not in [*values]: raise FtkitError(
             f"{name} '{s[name]}' is unknown: use one of {', '.join(map(str, values))}")
     numbers = length,batch,workspace = [s[n] for n in ('length', 'batch', 'workspace')]
-    if not all(type(n) is int for n in numbers) or length < 1 + (s['objective'] != 'sft') or batch < 1 or workspace < 0:
+    if not all(type(n) is int for n in numbers) or length < 2 or batch < 1 or workspace < 0:
         raise FtkitError(f"length={length}, batch={batch}, workspace={workspace}: must be whole numbers, large enough")
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise FtkitError(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
@@ -506,7 +507,7 @@ def fits(needs,    # an `Estimate`, or a `Simulation`
 # %% ../nbs/06_memory.ipynb #41a2a8ce
 ADAMW,KINDS = ('adamw_torch', 'adamw_torch_fused'), ('dpo', 'kto')
 CHANGES = [ # (what it is, settings, where it changes something), in the order of what it costs
-    ("a chunk of logits at a time", dict(loss='ftkit'), lambda s: s['objective'] == 'sft'),
+    ("a chunk of logits at a time", dict(loss='ftkit'), lambda s: s['objective'] == 'sft' and s['loss'] != 'ftkit'),
     ("a fused step", dict(optim='adamw_torch_fused'), lambda s: s['optim'] == 'adamw_torch'),
     ("no scores of all heads", dict(attention='sdpa'), lambda s: s['attention'] == 'eager'),
     ("the adapter switched off as the reference", dict(reference='adapter'),

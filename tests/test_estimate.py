@@ -89,7 +89,7 @@ def test_the_published_study():
 
 @settings(max_examples=60, deadline=None)
 @given(method=st.sampled_from(METHODS), attention=st.sampled_from(ATTENTIONS), objective=st.sampled_from(OBJECTIVES),
-       length=st.integers(2, 300), batch=st.integers(1, 4), checkpointing=st.booleans(), gpu=st.integers(1, 2**28))
+       length=st.integers(2, 300), batch=st.integers(1, 4), checkpointing=st.booleans(), gpu=st.integers(2**28, 2**30))
 def test_nothing_fits_that_is_larger(method, attention, objective, length, batch, checkpointing, gpu):
     "What is said to fit is in use, and reserved, within what there is; less of anything needs no more"
     s = dict(method=method, attention=attention, objective=objective, checkpointing=checkpointing)
@@ -135,7 +135,8 @@ def test_the_largest_that_fits():
 
 @pytest.mark.parametrize('wrong,text', [
     (dict(method='dora'), "method 'dora' is unknown"), (dict(length=0), 'length=0'), (dict(batch=1.5), 'batch=1.5'),
-    (dict(objective='dpo', length=1), 'length=1'), (dict(autocast='bf16', dtype='fp16'), 'simulate traces it'),
+    (dict(length=1), 'length=1'), (dict(checkpointing='reentrant'), "checkpointing 'reentrant'"),
+    (dict(autocast='bf16', dtype='fp16'), 'simulate traces it'),
     (dict(lora=dict(use_dora=True)), 'simulate traces it'), (dict(method='full', lora=dict(r=8)), 'lora goes with'),
     (dict(objective='orpo', reference='copy'), 'has no reference'), (dict(upcast=True), 'upcast is for'),
     (dict(method='full', objective='dpo', reference='adapter'), 'none to switch off'),

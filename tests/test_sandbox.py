@@ -1,5 +1,5 @@
 "Programs that try to get out, stay, or take the machine down"
-import os, time
+import os, tempfile, time
 import pytest
 from ftkit import sandbox
 from ftkit.core import FtkitError
@@ -91,12 +91,12 @@ def test_a_machine_that_cannot_hold_it_runs_nothing(monkeypatch, missing):
                  seccomp='import socket; socket.socket(); print("got")')
     assert 'got' in run_code(spies[missing], unprotected=True).output
 
-def test_no_program_ends_the_run_that_called_it():
-    "An exit code of ours, a folder too deep to remove"
-    temp = set(os.listdir('/tmp'))
+def test_no_program_ends_the_run_that_called_it(monkeypatch, tmp_path):
+    "An exit code of ours, a folder too deep to remove; nothing is left"
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path)) # others put things into the one that all share
     assert run_code('import os; os._exit(99)').why == 'exit 99'
     assert run_code('import os\nfor _ in range(1500): os.mkdir("d"); os.chdir("d")').ok
-    assert not set(os.listdir('/tmp')) - temp
+    assert not os.listdir(tmp_path)
 
 def test_what_is_run_after_a_program():
     done = run_code('x = 3', 'assert x == 3', 'word')
