@@ -76,8 +76,9 @@ def weights(c):
     return sum(p.size for p in parts(c))
 
 def settings(row):
-    "Those of `estimate`, which takes no dropout"
+    "Those of `estimate`, which takes no dropout and only the newer kind of checkpointing"
     s = bench.options(row)
+    s['checkpointing'] = bool(s['checkpointing'])
     return s | dict(lora={k: v for k,v in s['lora'].items() if k != 'lora_dropout'}) if s['lora'] else s
 
 def main():
