@@ -1,7 +1,7 @@
 """Prompt, search, pre-train or tune? By which method, with which adapter, on how much data, from which model? Each answer with its reason
 
 The guide and its companions say when to do what, in lists, trees and tables. Here they are as rules: say what you know of your project, and
-get what they advise, ranked, each with the reason and the line it stands on. What you do not say, no rule assumes.
+get what they advise, ranked, each with the reason and the line it stands on. What you do not say counts as not yet done.
 
 Docs: https://ftkit.github.io/ftkit/choose.html.md"""
 

@@ -163,8 +163,8 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            batch:int=1,            # rows that go through the model at once
            objective:str='sft',    # sft, reward, dpo, kto, orpo, cpo or simpo
            r:int=16,               # rank of the adapter
-           dtype:str='bf16',       # of the weights: bf16, fp16 or fp32
-           autocast:str=None,      # bf16 or fp16 arithmetic
+           dtype:str='bf16',       # of the weights: bf16, fp16 or fp32, which ftkit's own full runs keep
+           autocast:str=None,      # bf16 or fp16 arithmetic, which ftkit's own runs have
            attention:str='sdpa',   # sdpa, flash, efficient (as on a T4) or eager
            checkpointing:store_true=False, # gradient checkpointing
            optim:str='adamw_torch_fused', # by the name it has in transformers
