@@ -1,7 +1,7 @@
 """Prompt, search, pre-train or tune? By which method, with which adapter, on how much data, from which model? Each answer with its reason
 
 The guide and its companions say when to do what, in lists, trees and tables. Here they are as rules: say what you know of your project, and
-get what they advise, ranked, each with the reason and the line it stands on. What you do not say counts as not yet done.
+get what they advise, ranked, each with the reason and the line it stands on. What you do not say has not been done, or is not known.
 
 Docs: https://ftkit.github.io/ftkit/choose.html.md"""
 
@@ -16,7 +16,7 @@ __all__ = ['APPROACH', 'APPROACHES', 'METHOD', 'METHOD_RULES', 'PRIORITIES', 'AD
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from .core import FtkitError
-from .memory import estimate, fits
+from .memory import NotCounted, estimate, fits, how, usual
 
 # %% ../nbs/07_choose.ipynb #590ef8ce
 class Rule(NamedTuple):
@@ -47,8 +47,10 @@ class Known(dict):
 def _known(facts, given):
     if odd := sorted({*given} - {*facts}): raise FtkitError(
         f"{', '.join(odd)} is no fact of this choice: use some of {', '.join(facts)}")
-    if odd := [f'{k}={v!r}' for k,v in given.items() if v is not None and type(v) not in (bool, int)]: raise FtkitError(
-        f"{', '.join(odd)}: say yes or no, or a number")
+    for name,value in given.items():
+        many = facts[name].startswith('how many')
+        if value is not None and (type(value) is not (int if many else bool) or value < 0): raise FtkitError(
+            f"{name}={value!r}: {'a number, from 0' if many else 'say yes or no'}: {facts[name]}")
     return Known(given)
 
 def advise(rules, # of `Rule`
@@ -66,7 +68,7 @@ APPROACH = dict( # what can be said of a project: yes or no, but for `examples`,
     measured='is there an evaluation of accuracy, cost and latency?',
     prompted='has prompting been tried, with examples in it?', enough='is what prompting gives good enough?',
     changing='does what it has to know change?', far='is the domain one that base models know badly?',
-    text='is there plenty of text of the domain?', examples='pairs of question and answer',
+    text='is there plenty of text of the domain?', examples='how many pairs of question and answer are there?',
     strict='must it follow instructions tightly, or gain a skill such as tools or reasoning?',
     own='must data and model stay yours?', unique='should the model be unlike others?',
     beyond='is it for more than chat, such as tools, moderation or analytics?', staff='are there people who can train?',
@@ -82,7 +84,7 @@ APPROACHES = [
     Rule('retrieval', 3, lambda k: k.changing, 'search what changes instead of teaching it', _N(17)),
     Rule('retrieval', 2, lambda k: k.prompted and k.enough is False,
          'examples in the prompt and search solve much without tuning', _G(20)),
-    Rule('retrieval', 2, lambda k: k.facts, 'what is looked up need not be taught', _G(39)),
+    Rule('retrieval', 2, lambda k: k.facts, 'a model that is taught new facts invents more', _G(39)),
     Rule('continued pre-training', 4, lambda k: k.far and k.text, 'the base model knows the domain badly', _N(18)),
     Rule('continued pre-training', 2, lambda k: k.unknown and k.text, 'pairs do not teach what is so far', _G(38)),
     Rule('fine-tune', 3, lambda k: k.strict, 'tight instructions and targeted skills are what tuning is for', _N(19)),
@@ -92,7 +94,7 @@ APPROACHES = [
     Rule('fine-tune', 1, lambda k: k.unique, 'a model that is yours alone', _G(30)),
     Rule('fine-tune', 1, lambda k: k.beyond, 'tools, moderation, more context than chat has', _G(31)),
     Rule('a service that tunes', 2, lambda k: k.staff is False and k.strict, 'for teams with few engineers', _G(32)),
-    Rule('collect examples', 3, lambda k: k.prompted and k.enough is False and (k.examples or 0) < 100,
+    Rule('collect examples', 3, lambda k: k.prompted and k.enough is False and k.examples in range(100),
          'prompts do not do, and there is little to learn from yet', _G(22)),
     Rule('fine-tune', 0, lambda k: k.unknown, 'content too far from pre-training is hard to learn', _G(38)),
     Rule('fine-tune', 0, lambda k: k.facts, 'models tuned on new facts invent more', _G(39)),
@@ -133,29 +135,39 @@ def choose_method(**known # of `METHOD`
 # %% ../nbs/07_choose.ipynb #2fa9516e
 PRIORITIES = {None: ('lora', 'full', 'qlora'), 'quality': ('full', 'lora', 'qlora'), 'speed': ('lora', 'full', 'qlora'),
               'memory': ('qlora', 'lora', 'full')}
-ADAPTERS = dict(
-    full=[('the highest quality, most of all where much has to change', _M(158))],
-    lora=[('close to full fine-tuning, and preferred where speed matters and memory is there', _G(540))],
-    qlora=[('where memory is what lacks, at some speed', _G(538)), ('a little is lost to rounding', _M(132))])
+ADAPTERS = dict( # what speaks for it, and what against it
+    full=([('the highest quality, most of all where much has to change', _M(158)), ('faster in each step', _M(171))],
+          [('slower, and much more memory', _N(39))]),
+    lora=([('close to full fine-tuning', _M(144)), ('preferred where speed matters and memory is there', _G(540))],
+          [('learns less, and forgets less', _N(39))]),
+    qlora=([('where memory is what lacks', _G(538))],
+           [('a little is lost to rounding', _M(132)), ('slower, as weights are unpacked', _M(171))]))
+_OTHERS = dict(full=('lora', 'upcast', 'double_quant'), lora=('upcast', 'double_quant'), qlora=()) # for other methods
 
 def choose_adapter(model,        # as in `ftkit.memory.read_config`
                    gpu='t4',     # as in `ftkit.memory.fits`
                    priority=None, # 'quality', 'speed' or 'memory'
-                   **settings    # of `ftkit.memory.estimate`
-                  ):             # list of (`Advice`, `Fit`), best first
+                   **settings    # of `ftkit.memory.estimate`; those of `ftkit.memory.usual` where none are given
+                  ):             # list of (`Advice`, `Fit`), best first; None in place of a fit that cannot be counted
     "Full fine-tuning, LoRA or QLoRA, by what fits"
-    if priority not in PRIORITIES: raise FtkitError(f"priority '{priority}' is unknown: use quality, speed or memory")
-    own = dict(dtype='fp16', attention='efficient') if gpu == 't4' else {} # which has neither bf16 nor flash
+    if priority not in [*PRIORITIES]: raise FtkitError(
+        f"priority '{priority}' is unknown: use quality, speed or memory")
     out,last = [],None
     for k,method in enumerate(PRIORITIES[priority]):
-        try: fit = fits(estimate(model, method, **dict(checkpointing=True) | own | settings), gpu)
-        except FtkitError as e: # what cannot be counted is not ranked
-            last = e
-            continue
-        weight = dict(fits=6, tight=3).get(fit.verdict, 0) - k
-        out.append((Advice(method, weight, ADAPTERS[method] + [(repr(fit), 'counted')]), fit))
-    if not out: raise last
-    return sorted(out, key=lambda x: (-x[0].weight, x[1].needed) if any(f for _,f in out) else (0, x[1].needed))
+        reasons,warnings = map(list, ADAPTERS[method])
+        own = dict(checkpointing=True) | {n: v for n,v in settings.items() if n not in _OTHERS[method]}
+        try:
+            needs = estimate(model, **usual(gpu, method, **own))
+            fit = fits(needs, gpu)
+        except NotCounted as e: fit,last,said = None,e,(str(e), 'not counted')
+        else: said = f'{fit}; {how(needs.setting)}', 'counted'
+        (reasons if fit else warnings).append(said)
+        out.append((Advice(method, _weight(fit, k), reasons, warnings), fit))
+    if all(fit is None for _,fit in out): raise last
+    some = any(fit for _,fit in out)
+    return sorted(out, key=lambda x: (x[1] is None, -x[0].weight if some else 0, x[1].needed if x[1] else 0))
+
+def _weight(fit, k): return dict(fits=6, tight=3).get(fit.verdict if fit else '', 0) - k
 
 # %% ../nbs/07_choose.ipynb #8c6967f0
 def _llama(hidden, layers, heads, kv, mlp, vocab): return dict(
@@ -188,13 +200,14 @@ class Cell:
     claim: str   # its number in the ledger
     verdict: str
 
-def hardware(): # list of `Cell`
+def hardware(gb=2**30 # bytes of a GB of the table
+            ):        # list of `Cell`
     "The table of the method page, each cell beside what is counted"
     out = []
     for (size,method),(low,high,_,claim) in HARDWARE.items():
         small,large = SIZES[size]
-        least = estimate(small, method, 512, checkpointing=True).allocated/1e9
-        most,without = (estimate(large, method, 2048, 2, checkpointing=c).allocated/1e9 for c in (True, False))
+        least = estimate(small, method, 512, checkpointing=True).allocated/gb
+        most,without = (estimate(large, method, 2048, 2, checkpointing=c).allocated/gb for c in (True, False))
         verdict = 'holds' if low <= most*1.05 and (high is None or high >= most*.95) else \
             'more than it takes' if low > most else 'holds for less' if (high or low) >= least else 'too little'
         out.append(Cell(size, method, (low, high), least, most, without, claim, verdict))
@@ -204,22 +217,24 @@ def hardware(): # list of `Cell`
 class Amount(NamedTuple):
     "How many examples"
     low: int
-    high: int # or None
-    reason: str
-    source: str
+    high: int     # or None
+    reasons: list # of (reason, source)
 
 AMOUNTS = dict(
-    task=Amount(100, 100_000, 'one task, such as translation or summaries; models below 8B do', _G(152)),
-    chat=Amount(1_000_000, None, 'a good model for everything; Llama 3 had ten million, OpenHermes about one', _G(141)),
-    style=Amount(1_000, 10_000, 'LIMA had a thousand good ones for a large model, Yi less than ten thousand', _G(128)))
+    task=Amount(100, 100_000, [('one task, such as translation or summaries', _G(152))]),
+    chat=Amount(1_000_000, None, [('a good model for everything', _G(141)), ('Llama 3 had ten million', _G(139))]),
+    style=Amount(1_000, 10_000, [('LIMA had a thousand good ones, for a large model', _G(128)),
+                                 ('Yi had less than ten thousand', _G(138))]))
 
 def choose_data(goal='task',  # one of `AMOUNTS`: a task, style and form of answers, or a chat model for everything
                 examples=None # that there are
                ):             # `Advice`
     "How many examples it takes, and what to do where there are fewer"
-    if goal not in AMOUNTS: raise FtkitError(f"goal '{goal}' is unknown: use one of {', '.join(AMOUNTS)}")
+    if goal not in [*AMOUNTS]: raise FtkitError(f"goal '{goal}' is unknown: use one of {', '.join(AMOUNTS)}")
+    if examples is not None and (type(examples) is not int or examples < 0): raise FtkitError(
+        f'examples={examples!r}: must be a whole number')
     a = AMOUNTS[goal]
-    reasons = [(a.reason, a.source), ('a thousand good ones are worth more than a million mixed ones', _N(33))]
+    reasons = [*a.reasons, ('a thousand good ones are worth more than a million mixed ones', _N(33))]
     advice = Advice(f'{a.low:,} to {a.high:,} examples' if a.high else f'{a.low:,} examples or more', 1, reasons)
     if examples is None: return advice
     if examples < 1000: reasons.append(('with less than 1,000, use data sets that exist', _G(123)))
@@ -249,11 +264,14 @@ def choose_base(commercial=False, # must its licence allow that?
                 scores=None       # name of a model -> what it reached in an evaluation of yours, more is better
                ):                 # list of `Advice`, best first
     "Base models by licence, budget and performance"
+    if not isinstance(scores or {}, dict): raise FtkitError(f'scores={scores!r}: a name of a model -> a number')
     if budget not in ('small', 'large'): raise FtkitError(f"budget '{budget}' is unknown: use small or large")
     out = []
     for m in MODELS:
         if commercial and not m.commercial or budget == 'small' and m.size >= 10: continue
-        a = Advice(m.name, 1, [(f'licence: {m.license}', m.source if m.commercial else f'{m.source}, {_G(711)}')])
+        a = Advice(m.name, 1, [(f'licence: {m.license}', m.source)])
+        if not m.commercial: a.warnings.append(('not for commercial use', _G(711)))
+        if 'Community' in m.license: a.warnings.append(('a licence of its own, with a limit of users', _G(711)))
         if m.size < 10: a.reasons.append((f'{m.size}B: cheaper to tune and to run, on smaller GPUs', _G(712)))
         if scores and m.name in scores: a.reasons.append((f'{scores[m.name]} in your evaluation', _G(713)))
         out.append(a)
@@ -271,6 +289,6 @@ FRAMEWORKS = {name: {c: x == '1' for c,x in zip(_COLUMNS, cells)} for name,cells
 def choose_framework(*needs # of sft, preferences, rl, multimodal, full, lora, distributed
                     ):      # list of names
     "Frameworks that do all of it, by the notes' table (lines 61 to 73)"
-    if odd := sorted({*needs} - {*_COLUMNS}): raise FtkitError(
+    if odd := sorted({*map(str, needs)} - {*_COLUMNS}): raise FtkitError(
         f"{', '.join(odd)}: no column of the table; use some of {', '.join(_COLUMNS)}")
     return [name for name,row in FRAMEWORKS.items() if all(row[n] for n in needs)]

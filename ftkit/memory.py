@@ -11,8 +11,9 @@ Docs: https://ftkit.github.io/ftkit/memory.html.md"""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'WIDTHS', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'LOSSES', 'ATTENTIONS', 'REFERENCES', 'WORKSPACE', 'MARGIN',
-           'GPUS', 'CONTEXT', 'ADAMW', 'KINDS', 'CHANGES', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
-           'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'Fit', 'fits', 'changes', 'largest']
+           'OLD', 'HOPPER', 'GPUS', 'CONTEXT', 'ADAMW', 'KINDS', 'CHANGES', 'NotCounted', 'Part', 'read_config',
+           'parts', 'nf4_bytes', 'weight_bytes', 'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate',
+           'usual', 'how', 'Fit', 'fits', 'Change', 'changes', 'largest']
 
 # %% ../nbs/06_memory.ipynb #5a9875f6
 import json
@@ -25,18 +26,25 @@ from .layers import Net, chunked_loss, decoder, norm, plain_loss
 from .tape import Node, Tape, backward, checkpoint, each, linear, made, weight
 
 # %% ../nbs/06_memory.ipynb #07d20629
+_QWEN = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
 FAMILIES = dict( # what is not as in Llama
     llama=dict(flags='attention mlp'), granite=dict(flags='attention mlp', scaled=True),
-    mistral=dict(needs='kv', windows='all'),
-    smollm3=dict(flags='attention mlp', needs='kv', tied=True), qwen2=dict(biased='qkv', needs='kv'),
-    qwen3=dict(flags='attention', normed='head', needs='kv head'),
+    mistral=dict(needs='kv', windows='all', usual=dict(sliding_window=4096)),
+    smollm3=dict(flags='attention mlp', needs='kv', tied=True),
+    qwen2=dict(biased='qkv', needs='kv', windows='the last', usual=_QWEN),
+    qwen3=dict(flags='attention', normed='head', needs='kv head', windows='the last', usual=_QWEN),
     olmo2=dict(flags='attention', normed='whole', style='olmo2', order='after'),
     gemma=dict(flags='attention', needs='kv head', tied=True, style='gemma'),
-    gemma2=dict(flags='attention', needs='kv head', tied=True, style='gemma', order='both', windows='half'),
+    gemma2=dict(flags='attention', needs='kv head', tied=True, style='gemma', order='both', windows='half',
+                usual=dict(sliding_window=4096, attn_logit_softcapping=50., final_logit_softcapping=30.)),
     gemma3_text=dict(flags='attention', normed='head', needs='kv head', tied=True, style='gemma', order='both',
-                     windows='five of six'),
-    phi3=dict(fused=True, windows='all'), mixtral=dict(needs='kv', experts='intermediate_size'),
-    qwen3_moe=dict(flags='attention', normed='head', needs='kv head', experts='moe_intermediate_size'))
+                     windows='five of six', usual=dict(sliding_window=4096)),
+    phi3=dict(fused=True, windows='all'),
+    mixtral=dict(needs='kv', experts='intermediate_size', windows='all'),
+    qwen3_moe=dict(flags='attention', normed='head', needs='kv head', experts='moe_intermediate_size', windows='all',
+                   usual=_QWEN))
+
+class NotCounted(FtkitError): "It exists, and only `simulate` knows what it takes"
 
 class Part(NamedTuple):
     "Weights of one kind"
@@ -56,26 +64,33 @@ def read_config(config # a dictionary, a folder with `config.json`, or a config 
     "A config as a dictionary; raises `FtkitError` for what is none"
     if hasattr(config, 'to_dict'): config = config.to_dict()
     if not isinstance(config, dict):
-        try: config = json.loads((Path(config)/'config.json').read_text())
+        try: found = json.loads((Path(config)/'config.json').read_text())
         except (OSError, ValueError, TypeError) as e: raise FtkitError(f'{config}: no config.json to read ({e})') from e
-    if config.get('text_config') or config.get('vision_config'): raise FtkitError(
+        if not isinstance(found, dict): raise FtkitError(f'{config}: its config.json is no dictionary')
+        config = found
+    if config.get('text_config') or config.get('vision_config'): raise NotCounted(
         'this config is of more than text, whose other weights are not counted: simulate traces its text_config')
+    c = FAMILIES.get(str(config.get('model_type')), {}).get('usual', {}) | config
     needed = 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size', 'intermediate_size'
-    other = [n for n in ('num_key_value_heads', 'head_dim') if config.get(n) is not None]
-    if config.get('sliding_window'): other.append('sliding_window')
-    if lacking := [n for n in (*needed, *other) if type(config.get(n)) is not int or config[n] < 1]: raise FtkitError(
+    _whole(c, *needed, *(n for n in ('num_key_value_heads', 'head_dim', 'sliding_window') if c.get(n) is not None))
+    if c['num_attention_heads'] % (c.get('num_key_value_heads') or 1): raise FtkitError(
+        f"{c['num_attention_heads']} heads cannot share {c['num_key_value_heads']} of keys and values")
+    if not isinstance(c.get('layer_types') or [], list): raise FtkitError(f"layer_types={c['layer_types']}: no list")
+    return c
+
+def _whole(c, *names):
+    "Refuse what is not a whole number above 0"
+    if lacking := [n for n in names if type(c.get(n)) is not int or c[n] < 1]: raise FtkitError(
         f"{', '.join(lacking)} of this config: no whole number above 0, so that it cannot be counted")
-    if config['num_attention_heads'] % (config.get('num_key_value_heads') or 1): raise FtkitError(
-        f"{config['num_attention_heads']} heads cannot share {config['num_key_value_heads']} of keys and values")
-    return config
 
 def _experts(c, family, hidden):
     "Fused matrices of all experts of a layer, and what chooses among them; None: a plain MLP"
     if 'experts' not in family: return None
-    n,mlp = c.get('num_experts') or c.get('num_local_experts'),c.get(family['experts'])
-    if c.get('mlp_only_layers') or c.get('decoder_sparse_step', 1) != 1: raise FtkitError(
+    if c.get('mlp_only_layers') or c.get('decoder_sparse_step', 1) != 1: raise NotCounted(
         'some layers of this config have no experts, which is not counted: simulate traces it')
-    if not n or not mlp: raise FtkitError(f"this config has no number of experts, or no {family['experts']}")
+    number = 'num_experts' if c.get('num_experts') else 'num_local_experts'
+    _whole(c, number, family['experts'], 'num_experts_per_tok')
+    n,mlp = c[number],c[family['experts']]
     return [Part('gate', (n, hidden)), Part('gate_up_proj', (n, 2*mlp, hidden)), Part('down_proj', (n, hidden, mlp))]
 
 # %% ../nbs/06_memory.ipynb #cfdc3223
@@ -104,7 +119,7 @@ def parts(config # as in `read_config`
          ):      # list of `Part`
     "All weights of a model; raises `FtkitError` for a family that is not in `FAMILIES`"
     c = read_config(config)
-    if str(kind := c.get('model_type')) not in FAMILIES: raise FtkitError(
+    if str(kind := c.get('model_type')) not in FAMILIES: raise NotCounted(
         f"models of the family '{kind}' are not counted by formula, only {', '.join(FAMILIES)}: simulate traces them")
     family,hidden,table = FAMILIES[kind],c['hidden_size'],(c['vocab_size'], c['hidden_size'])
     names = dict(kv='num_key_value_heads', head='head_dim')
@@ -146,12 +161,13 @@ def adapter_parts(parts,                # from `parts`
                  ):                     # list of `Part`
     "The weights of a LoRA adapter; raises `FtkitError` for layers that are not there"
     known = {p.name for p in parts if p.linear}
+    if not isinstance(targets or [], (str, list, tuple, set)): raise FtkitError(f"targets={targets}: name some layers")
     chosen = known if targets == 'all-linear' else {*map(str, [targets] if isinstance(targets, str) else targets or [])}
     if not chosen: raise FtkitError('no targets: nothing would be adapted')
     if odd := sorted(chosen - known): raise FtkitError(
         f"no linear layer is called {', '.join(odd)}: use some of {', '.join(sorted(known))}")
     if type(r) is not int or r < 1: raise FtkitError(f'r={r}: must be a whole number, at least 1')
-    if targets == 'all-linear' and any(len(p.shape) > 2 for p in parts): raise FtkitError(
+    if targets == 'all-linear' and any(len(p.shape) > 2 for p in parts): raise NotCounted(
         "experts share a matrix, which PEFT adapts in a way of its own: name the layers instead of 'all-linear'")
     out = []
     for name,(rows,columns),times,_ in (p for p in parts if p.linear and p.name in chosen):
@@ -337,7 +353,8 @@ def _windows(c, s):
     n = c['num_hidden_layers']
     if c.get('use_sliding_window') is False or not window or length <= window: return 0
     if kinds := c.get('layer_types'): return sum(k == 'sliding_attention' for k in kinds[:n])
-    return {'all': n, 'half': _up(n, 2), 'five of six': n - n//6}.get(which, 0)
+    last = max(0, n - c.get('max_window_layers', n))
+    return {'all': n, 'half': _up(n, 2), 'five of six': n - n//6, 'the last': last}.get(which, 0)
 
 def _passes(c, s):
     "The way there and the way back, of all layers"
@@ -397,7 +414,7 @@ def _asked(s):
     numbers = length,batch,workspace = [s[n] for n in ('length', 'batch', 'workspace')]
     if not all(type(n) is int for n in numbers) or length < 2 or batch < 1 or workspace < 0:
         raise FtkitError(f"length={length}, batch={batch}, workspace={workspace}: must be whole numbers, large enough")
-    if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise FtkitError(
+    if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise NotCounted(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
     if s['upcast'] and s['method'] != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
     if not isinstance(s['lora'] or {}, dict): raise FtkitError(f"lora={s['lora']}: must be a dictionary")
@@ -408,7 +425,7 @@ def _lora(lora):
     "Options of `peft.LoraConfig` as those of `adapter_parts`"
     names = dict(r='r', target_modules='targets')
     odd = sorted(k for k,v in lora.items() if v and k not in (*names, 'lora_alpha', 'use_rslora'))
-    if odd: raise FtkitError(f"{', '.join(odd)} of an adapter: not counted by formula; simulate traces it")
+    if odd: raise NotCounted(f"{', '.join(odd)} of an adapter: not counted by formula; simulate traces it")
     return {names[k]: v for k,v in lora.items() if k in names}
 
 # %% ../nbs/06_memory.ipynb #7f4dff66
@@ -460,6 +477,32 @@ def estimate(model,                # as in `read_config`
     return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']),
                     {phase: stays | kinds for phase,kinds in phases.items()})
 
+# %% ../nbs/06_memory.ipynb #fd0c66ef
+OLD,HOPPER = ('t4',), ('h100', 'h200', 'b200') # without bf16 and flash-attn; with 32 MiB for cuBLAS
+
+def usual(gpu=None,      # a key of `GPUS`
+          method='lora', # one of `METHODS`
+          **said         # arguments of `estimate`, which go before
+         ):              # arguments of `estimate`
+    "The setting of ftkit's own runs on a GPU, where nothing else is said"
+    name = str(gpu).lower()
+    half = 'fp16' if name in OLD else 'bf16'
+    dtype = said.get('dtype', 'fp32' if method == 'full' else half)
+    found = dict(method=method, dtype=dtype, autocast=dtype if dtype in ('fp16', 'bf16') else half,
+                 attention='efficient' if name in OLD else 'sdpa', checkpointing=method == 'qlora')
+    return found | (dict(workspace=2**25) if name in HOPPER else {}) | said
+
+def how(setting # of an `Estimate` or a `Simulation`
+       ):       # a line of text
+    "A setting in words"
+    s = setting
+    adapter = f" of rank {(s['lora'] or {}).get('r', 16)}" if s['method'] != 'full' else ''
+    words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else ''),
+             f"{s['batch']} x {s['length']:,} tokens", f"{s['dtype']} weights",
+             f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
+             'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim']]
+    return ', '.join(words)
+
 # %% ../nbs/06_memory.ipynb #eb40ece0
 GPUS = { # GiB that PyTorch says a GPU has, the lowest on record
     't4': 14.56,      # github.com/Zheng-Chong/CatVTON/issues/133
@@ -483,78 +526,110 @@ class Fit:
     needed: int   # bytes in use, with CUDA's own
     reserved: int # bytes that the allocator takes for it, with CUDA's own
     capacity: int # bytes of the GPU
+    hint: str = '' # what to do
 
     def __bool__(self): return self.verdict != 'does not fit'
 
     def __repr__(self):
-        hint = ', set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True' if self.verdict == 'tight' else ''
         used,taken,there = (n/2**30 for n in (self.needed, self.reserved, self.capacity))
-        return f'{self.gpu}: {self.verdict}{hint} ({used:.2f} GiB in use, {taken:.2f} reserved, of {there:.2f})'
+        text = f'{self.gpu}: {self.verdict} ({used:.2f} GiB in use, {taken:.2f} reserved, of {there:.2f})'
+        return f'{text}: {self.hint}' if self.hint else text
+
+def _gpu(gpu):
+    "(name, bytes, bytes of CUDA's own)"
+    if type(gpu) is int and gpu > 0: return f'{gpu/2**30:.0f} GiB', gpu, 2**29
+    if (name := str(gpu).lower()) not in GPUS: raise FtkitError(
+        f"gpu '{gpu}' is unknown: use one of {', '.join(GPUS)}, or bytes")
+    return name, int(GPUS[name]*2**30), CONTEXT.get(name, 2**29)
+
+# %% ../nbs/06_memory.ipynb #36e57454
+def _hint(name, verdict, setting):
+    asked = {setting[n] for n in ('dtype', 'autocast', 'attention')}
+    old = name in OLD and bool(asked & {'bf16', 'flash', 'sdpa'})
+    hints = ['set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True']*(verdict == 'tight')
+    return '; '.join(hints + [f"a {name.upper()} has neither bf16 nor flash: dtype='fp16', attention='efficient'"]*old)
 
 def fits(needs,    # an `Estimate`, or a `Simulation`
          gpu='t4'  # one of `GPUS`, or bytes
         ):         # `Fit`
     "Does it go on a GPU? Not where what is in use is more than there is; tightly where what is reserved is"
-    name,known = f'{gpu/2**30:.0f} GiB' if type(gpu) is int else str(gpu).lower(),type(gpu) is int
-    if not known and name not in GPUS: raise FtkitError(
-        f"gpu '{gpu}' is unknown: use one of {', '.join(GPUS)}, or bytes")
-    capacity = gpu if known else int(GPUS[name]*2**30)
-    own = CONTEXT.get(name, 2**29)
+    name,capacity,own = _gpu(gpu)
+    if not hasattr(needs, 'reserved'): raise FtkitError(f'{needs!r}: neither an Estimate nor a Simulation')
     needed,reserved = needs.allocated+own,needs.reserved+own
     verdict = 'does not fit' if needed > capacity else 'tight' if reserved > capacity else 'fits'
-    return Fit(name, verdict, needed, reserved, capacity)
+    return Fit(name, verdict, needed, reserved, capacity, _hint(name, verdict, needs.setting))
 
 # %% ../nbs/06_memory.ipynb #41a2a8ce
 ADAMW,KINDS = ('adamw_torch', 'adamw_torch_fused'), ('dpo', 'kto')
-CHANGES = [ # (what it is, settings, where it changes something), in the order of what it costs
-    ("a chunk of logits at a time", dict(loss='ftkit'), lambda s: s['objective'] == 'sft' and s['loss'] != 'ftkit'),
-    ("a fused step", dict(optim='adamw_torch_fused'), lambda s: s['optim'] == 'adamw_torch'),
-    ("no scores of all heads", dict(attention='sdpa'), lambda s: s['attention'] == 'eager'),
-    ("the adapter switched off as the reference", dict(reference='adapter'),
-     lambda s: s['objective'] in KINDS and s['method'] != 'full' and s['reference'] == 'copy'),
-    ("the reference ahead of time", dict(reference='precomputed'),
-     lambda s: s['objective'] in KINDS and s['method'] == 'full' and s['reference'] != 'precomputed'),
-    ("gradient checkpointing, for about a third more time", dict(checkpointing=True), lambda s: not s['checkpointing']),
-    ("rows one by one, with accumulation", dict(batch=1), lambda s: s['batch'] > 1),
-    ("states in eight bits", dict(optim='adamw_8bit'), lambda s: s['optim'] in ADAMW),
-    ("an adapter", dict(method='lora', optim='adamw_torch_fused'), lambda s: s['method'] == 'full'),
-    ("weights in four bits", dict(method='qlora'), lambda s: s['method'] == 'lora')]
+CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in the order of what it costs
+    ("a chunk of logits at a time",
+     lambda s, gpu: s['objective'] == 'sft' and s['loss'] != 'ftkit' and dict(loss='ftkit')),
+    ("a fused step", lambda s, gpu: s['optim'] == 'adamw_torch' and dict(optim='adamw_torch_fused')),
+    ("no scores of all heads", lambda s, gpu: s['attention'] == 'eager' and dict(attention=usual(gpu)['attention'])),
+    ("the adapter switched off as the reference",
+     lambda s, gpu: s['method'] != 'full' and s['reference'] == 'copy' and dict(reference='adapter')),
+    ("the reference ahead of time", lambda s, gpu: s['objective'] in KINDS and s['method'] == 'full'
+     and s['reference'] != 'precomputed' and dict(reference='precomputed')),
+    ("gradient checkpointing, for about a third more time",
+     lambda s, gpu: not s['checkpointing'] and dict(checkpointing=True)),
+    ("rows one by one, with accumulation", lambda s, gpu: s['batch'] > 1 and dict(batch=1)),
+    ("states in eight bits", lambda s, gpu: s['optim'] in ADAMW and dict(optim='adamw_8bit')),
+    ("an adapter", lambda s, gpu: s['method'] == 'full' and dict(
+        method='lora', optim='adamw_torch_fused', dtype=s['autocast'] or s['dtype'])),
+    ("weights in four bits", lambda s, gpu: s['method'] == 'lora' and dict(method='qlora'))]
 
-def _after(model, s, some):
-    "Estimates with one change after the other, where it changes anything"
-    out = []
-    for text,change,where in some:
-        try: new = estimate(model, **s | change) if where(s) else None
-        except FtkitError: continue # what is not counted, such as adapters of experts
-        if new:
-            out.append((text, new))
-            s = new.setting
-    return out
+class Change(NamedTuple):
+    "Something to change, and what comes of it"
+    text: str
+    saved: int # bytes; None where that cannot be counted
+    fit: Fit   # after it and those before it; None where that cannot be counted
+    why: str = '' # it cannot
+
+    def __repr__(self):
+        if self.fit is None: return f'{self.text}: {self.why}'
+        saved = f'{self.saved/2**30:.2f} GiB less' if self.saved else 'nothing by itself, and needed with what follows'
+        return f'{self.text}, {saved} -> {self.fit}'
+
+# %% ../nbs/06_memory.ipynb #9c14cf33
+def _after(model, s, gpu, some):
+    "Estimates with one change after the other, and the changes that cannot be counted"
+    out,odd = [],[]
+    for text,change in some:
+        if not (new := change(s, gpu)): continue
+        try: out.append((text, estimate(model, **s | new)))
+        except NotCounted as e: odd.append(Change(text, None, None, str(e)))
+        else: s = out[-1][1].setting
+    return out, odd
 
 def changes(model,      # as in `read_config`
             gpu='t4',   # as in `fits`
-            **settings  # of `estimate`
-           ):           # list of (what to change, bytes it saves, `Fit` after it and those before it)
-    "The changes that cost least of those that make a step fit, each with what it saves; all of them, where none do"
-    start = estimate(model, **settings)
-    def ok(some): return fits(([('', start)] + _after(model, start.setting, some))[-1][1], gpu).verdict == 'fits'
+            **settings  # of `estimate`; those of `usual` where none are given
+           ):           # list of `Change`
+    "The changes that cost least of those that make a step fit; where none do, all that save anything"
+    start = estimate(model, **usual(gpu, **settings))
+    def last(some): return ([('', start)] + _after(model, start.setting, gpu, some)[0])[-1][1]
+    def ok(some): return fits(last(some), gpu).verdict == 'fits'
     some = next((CHANGES[:n] for n in range(len(CHANGES)+1) if ok(CHANGES[:n])), CHANGES)
-    if ok(some):
-        for change in some[::-1]: # what is not needed, the dearest first
-            if ok(fewer := [c for c in some if c is not change]): some = fewer
-    found = _after(model, start.setting, some)
+    enough = ok(some)
+    for change in some[::-1]:
+        fewer = [c for c in some if c is not change]
+        if ok(fewer) if enough else last(fewer).allocated <= last(some).allocated: some = fewer
+    found,_ = _after(model, start.setting, gpu, some)
     before = [start, *(e for _,e in found)]
-    return [(text, was.allocated-e.allocated, fits(e, gpu)) for (text,e),was in zip(found, before)]
+    listed = [Change(text, was.allocated-e.allocated, fits(e, gpu)) for (text,e),was in zip(found, before)]
+    return listed if enough else listed + _after(model, start.setting, gpu, CHANGES)[1]
 
 # %% ../nbs/06_memory.ipynb #018dc82f
 def largest(model,         # as in `read_config`
             gpu='t4',      # as in `fits`
             what='batch',  # or 'length'
-            **settings     # of `estimate`
-           ):              # a number, 0 where not even the smallest fits; lengths to the next 64th part
+            **settings     # of `estimate`; those of `usual` where none are given
+           ):              # a number to 2**24, 0 where not even the smallest fits; lengths to the next 64th part
     "The largest batch, or the longest rows, that fit"
     if what not in ('batch', 'length'): raise FtkitError(f"'{what}' is none of: batch, length")
-    def ok(n): return fits(estimate(model, **settings | {what: n}), gpu).verdict == 'fits'
+    if what in settings: raise FtkitError(f'{what}={settings[what]}: it is what is looked for')
+    s = usual(gpu, **settings)
+    def ok(n): return fits(estimate(model, **s | {what: n}), gpu).verdict == 'fits'
     low,high = 0,1 if what == 'batch' else 2
     while high < 2**24 and ok(high): low,high = high,2*high
     while high-low > (max(1, low//64) if what == 'length' else 1):

@@ -314,6 +314,8 @@ def memory_bars(needs, # an `Estimate` or a `Simulation`, or several by their na
                ):       # matplotlib figure
     "What is in memory at the worst moment of a step, beside what GPUs have"
     from ftkit.memory import GPUS
+    if odd := [g for g in gpus if g not in GPUS]: raise FtkitError(
+        f"gpu '{odd[0]}' is unknown: use some of {', '.join(GPUS)}")
     needs = needs if isinstance(needs, dict) else {'': needs}
     found = {name: _by_kind(n.at_peak) for name,n in needs.items()}
     ax,left = ax or _figure(size=(6.4, .9 + .38*len(needs))),[0]*len(needs)
@@ -345,6 +347,8 @@ def memory_timeline(simulation, # of `ftkit.simulate.simulate`
                     ax=None     # matplotlib axes to draw on
                    ):           # matplotlib figure
     "What is in memory from the beginning of a step to its end"
+    if not hasattr(simulation, 'curve'): raise FtkitError(
+        'only a simulation has a timeline: an estimate knows the highest moment of each part of a step')
     events = _last_step(simulation.curve())
     size = max(1, len(events)//points)
     some = [max(events[k:k+size], key=lambda e: sum(e[1].values())) for k in range(0, len(events), size)]

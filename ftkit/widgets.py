@@ -13,8 +13,10 @@ __all__ = ['TARGETS', 'GPUS', 'reply', 'chat_box', 'token_browser', 'lora_lab', 
 
 # %% ../nbs/71_widgets.ipynb #4ea9558b
 import os
+from html import escape
 from .generate import generate
-from .show import lora_picture, memory_bars, nf4_picture, show_tokens, transcript
+from .core import FtkitError
+from .show import View, lora_picture, memory_bars, nf4_picture, show_tokens, transcript
 
 # %% ../nbs/71_widgets.ipynb #80969dce
 def reply(model, tok, messages, # the conversation so far
@@ -113,11 +115,11 @@ def nf4_lab(weight=None # a matrix; normal numbers by default
 GPUS = 't4', 'l4', 'a100-40', 'a100' # to see beside a step
 
 def memory_lab(model,     # a config, as in `ftkit.memory.read_config`
-               **settings # to begin with, of `estimate`
+               **settings # to begin with, of `estimate`; those of `ftkit.memory.usual` where none are given
               ):          # a widget, or the picture it begins with where there is no front end
     "Turn method, length, batch and the rest, and see what a step needs beside what GPUs have"
     from ftkit import memory
-    start = memory.estimate(model, **settings)
+    start = memory.estimate(model, **memory.usual(**settings))
     if os.environ.get('IN_TEST'): return memory_bars(start, GPUS)
     import ipywidgets as w
     now = start.setting
@@ -127,6 +129,9 @@ def memory_lab(model,     # a config, as in `ftkit.memory.read_config`
     choice = {name: w.Dropdown(options=options, value=now[name]) for name,options in dict(
         method=memory.METHODS, attention=memory.ATTENTIONS, objective=memory.OBJECTIVES, loss=memory.LOSSES,
         optim=memory.OPTIMS).items()}
-    return _lab(lambda **knobs: memory_bars(memory.estimate(model, **now | knobs), GPUS),
-                length=power('length', 8, 16), batch=power('batch', 0, 7), **choice,
+    def view(**knobs):
+        "The bars, or why there are none"
+        try: return memory_bars(memory.estimate(model, **memory.usual(**settings | knobs)), GPUS)
+        except FtkitError as e: return View(f'<p>{escape(str(e))}</p>', str(e))
+    return _lab(view, length=power('length', 8, 16), batch=power('batch', 0, 7), **choice,
                 checkpointing=w.Checkbox(value=bool(now['checkpointing'])))
