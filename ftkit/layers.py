@@ -44,7 +44,10 @@ class Net:
     mask: object = None
 
 # %% ../nbs/05_layers.ipynb #b32c24d9
-def norm(x, w, style='llama'):
+def norm(x,            # `Value`
+         w,            # `Value` of one row
+         style='llama' # as in `Net`
+        ):             # `Value`
     "RMSNorm"
     if style == 'llama': return mul(w, cast(_normalised(x), x.width))
     y = _normalised(x)
@@ -55,7 +58,11 @@ def _normalised(x):
     return mul(wide, each(mean(each(wide, True, extra=2)), own=True, extra=2))
 
 # %% ../nbs/05_layers.ipynb #68377d7e
-def adapted(x, layer, name, net):
+def adapted(x,     # `Value` of shape (tokens, hidden)
+            layer, # weights of the layer by their names
+            name,  # of the linear layer, such as q_proj
+            net    # `Net`
+           ):      # `Value`
     "A linear layer of `layer`, a dictionary of weights, with its bias and its adapter if there are any"
     w,bias,a,b = (layer.get(name + end) for end in ('', '.bias', '.lora_A', '.lora_B'))
     four = layer.get('four_bits')
@@ -66,7 +73,8 @@ def adapted(x, layer, name, net):
     y = copied(y)
     return add(y, cast(each(linear(linear(wide, a), b)), y.width))
 
-def copied(x):
+def copied(x # `Value`
+          ): # `Value`
     "Laid out anew"
     return made([x], lambda grad: [grad])
 
@@ -77,7 +85,9 @@ def _four_bits(x, w, net):
     return cast(made([low], back, shape=(*shape[:-1], w.shape[0])), was)
 
 # %% ../nbs/05_layers.ipynb #26521cc8
-def rope(x, net):
+def rope(x,  # `Value` of queries or keys
+         net # `Net`
+        ):   # `Value`
     "Rotary embeddings"
     y = add(mul(x, net.cos), mul(_rotated(x), net.sin))
     if net.style == 'olmo2': return cast(y, x.width)
@@ -92,13 +102,20 @@ def _turned(x):
     return made([x], lambda grad: [grad.new()], block=x.block)
 
 # %% ../nbs/05_layers.ipynb #0200a79d
-def repeated(x, n, one=False):
+def repeated(x,        # `Value` of keys or values
+             n,        # heads that share one
+             one=False # is it one for all?
+            ):         # `Value`
     "For n heads each; the bytes are the same where all heads share them"
     shape = x.shape
     if n == 1: return x
     return made([x], lambda grad: [grad.new(shape)], shape=(shape[0], shape[1]*n), block=x.block if one else None)
 
-def fused_attention(q, k, v, net):
+def fused_attention(q,  # `Value` of shape (tokens, heads x wide)
+                    k,  # `Value` of shape (tokens, kv x wide)
+                    v,  # the same
+                    net # `Net`
+                   ):   # `Value` of shape (tokens, heads x wide)
     "One kernel for all"
     q,k,v = map(lower, (q, k, v))
     mask = [q.new((net.batch, net.length, net.length))] if net.masked else []
@@ -116,7 +133,11 @@ def _softmax(x, width=None):
         return [out]
     return made([x], back, width=width, own=True)
 
-def all_scores(q, k, v, net):
+def all_scores(q,  # `Value` of shape (tokens, heads x wide)
+               k,  # `Value` of shape (tokens, kv x wide)
+               v,  # the same
+               net # `Net`
+              ):   # `Value` of shape (tokens, heads x wide)
     "transformers' eager attention: every score of every head"
     scores = each(matmul(q, k, (net.batch, net.heads, net.length, net.length)))
     if net.cap: scores = each(each(each(scores), own=True))
@@ -125,7 +146,11 @@ def all_scores(q, k, v, net):
     del scores
     return copied(matmul(cast(weights, q.width), v, q.shape))
 
-def shown_scores(q, k, v, net):
+def shown_scores(q,  # `Value` of shape (tokens, heads x wide)
+                 k,  # `Value` of shape (tokens, kv x wide)
+                 v,  # the same
+                 net # `Net`
+                ):   # `Value` of shape (tokens, heads x wide)
     "The same by PyTorch's own formula, where there is no kernel"
     q,mask = each(q),q.new((net.length, net.length))
     k,v = (repeated(x, net.heads//net.kv) for x in (k, v))
@@ -135,7 +160,10 @@ def shown_scores(q, k, v, net):
     return copied(matmul(weights, v, q.shape))
 
 # %% ../nbs/05_layers.ipynb #8e6563d7
-def attention(x, layer, net):
+def attention(x,     # `Value` of shape (tokens, hidden)
+              layer, # weights of the layer by their names
+              net    # `Net`
+             ):      # `Value` of shape (tokens, hidden)
     "Attention of a layer"
     q,k,v = _projected(x, layer, net)
     q,k = _roped(_turned(q), _turned(k), net)
@@ -173,7 +201,10 @@ def _attended(q, k, v, net):
     return copied(y) if net.fused else y
 
 # %% ../nbs/05_layers.ipynb #511742f6
-def mlp(x, layer, net):
+def mlp(x,     # `Value` of shape (tokens, hidden)
+        layer, # weights of the layer by their names
+        net    # `Net`
+       ):      # `Value` of shape (tokens, hidden)
     "The MLP of a layer"
     return adapted(_gated(x, layer, net), layer, 'down_proj', net)
 
@@ -190,7 +221,10 @@ def _halves(x):
     return whole, whole
 
 # %% ../nbs/05_layers.ipynb #ff01302a
-def experts(x, layer, net):
+def experts(x,     # `Value` of shape (tokens, hidden)
+            layer, # weights of the layer by their names
+            net    # `Net`
+           ):      # `Value` of shape (tokens, hidden)
     "Experts in place of an MLP, all at once: `grouped_mm` of transformers"
     tokens,hidden = x.shape
     n = tokens*net.chosen
@@ -213,7 +247,10 @@ def _put(x, shape):
     return made([x], lambda grad: [grad.beside(was, shape=was)], shape=shape)
 
 # %% ../nbs/05_layers.ipynb #d318c391
-def decoder(x, layer, net):
+def decoder(x,     # `Value` of shape (tokens, hidden)
+            layer, # weights of the layer by their names
+            net    # `Net`
+           ):      # `Value` of shape (tokens, hidden)
     "A layer of the decoder"
     names = iter([f'norm{k}' for k in range(1, 5)])
     x = add(x, _half(x, attention, names, layer, net))
@@ -227,7 +264,11 @@ def _half(x, f, names, layer, net):
     return each(x) if net.scaled else x
 
 # %% ../nbs/05_layers.ipynb #eda2510f
-def plain_loss(x, head, net, kept=False):
+def plain_loss(x,         # `Value` of shape (tokens, hidden)
+               head,      # `Value` of shape (vocab, hidden)
+               net,       # `Net`
+               kept=False # do the logits stay until the step is over?
+              ):          # list of the loss, and the logits if they are kept
     "transformers' cross-entropy: the loss, and the logits if they are kept"
     with x.tape.calling('logits'):
         logits = linear(x, head)
@@ -250,7 +291,11 @@ def _chunk(x, head, m, net):
     if net.scaled: logits = each(logits)
     return each(each(each(logits), own=True)) if net.head_cap else logits
 
-def chunked_loss(x, head, n, net):
+def chunked_loss(x,    # `Value` of shape (tokens, hidden)
+                 head, # `Value` of shape (vocab, hidden)
+                 n,    # tokens that are scored
+                 net   # `Net`
+                ):     # list of the loss
     "ftkit's, of n tokens: the loss"
     return (_trained_head if head.node else _frozen_head)(x, head, n, net)
 

@@ -85,7 +85,11 @@ class Value:
         "The same bytes, through which no gradient goes"
         return Value(self.tape, self.shape, self.width, self.block)
 
-def weight(tape, *shape, width=2, trained=False):
+def weight(tape,         # `Tape`
+           *shape,       # of the weight
+           width=2,      # bytes of a number
+           trained=False # does it get a gradient?
+          ):             # `Value`
     "A weight, whose own bytes are counted elsewhere"
     return Value(tape, shape, width, None, Node() if trained else None)
 
@@ -201,17 +205,25 @@ def _fit(grad, traits):
     return grad if grad.width == width else grad.new(width=width)
 
 # %% ../nbs/04_tape.ipynb #b5ca3f0e
-def each(x, holds=False, own=False, extra=0):
+def each(x,           # `Value`
+         holds=False, # is it held for the way back?
+         own=False,   # is the result?
+         extra=0      # tensors as large that the way back makes beside the gradient
+        ):            # `Value` of the same shape
     "A function of each number, with so many tensors more on its way back"
     return made([x], lambda grad: [grad.beside(*[grad.shape]*extra)], [x]*holds, own=own)
 
-def cast(x, width):
+def cast(x,    # `Value`
+         width # bytes of a number
+        ):     # `Value`, the same one where nothing changes
     "Numbers of another width"
     was = x.width
     return x if width == was else made([x], lambda grad: [grad.new(width=was)], width=width)
 
 # %% ../nbs/04_tape.ipynb #57da60c7
-def mul(x, y):
+def mul(x, # `Value`
+        y  # `Value`, which may be one row for all
+       ):  # `Value`
     "A product, number by number: each factor is held for the other's gradient"
     both = _traits(x),_traits(y)
     def back(grad):
@@ -219,7 +231,9 @@ def mul(x, y):
         return [g and _fit(g, traits) for g,traits in zip(grads, both)]
     return made([x, y], back, [x]*bool(y.node) + [y]*bool(x.node), *_wider(x, y))
 
-def add(x, y):
+def add(x, # `Value`
+        y  # `Value`, which may be one row for all
+       ):  # `Value`
     "A sum, for which nothing is held"
     both = _traits(x),_traits(y)
     return made([x, y], lambda grad: [_fit(grad, traits) for traits in both], (), *_wider(x, y))
@@ -227,12 +241,14 @@ def add(x, y):
 def _wider(x, y): return max(x.shape, y.shape, key=prod), max(x.width, y.width)
 
 # %% ../nbs/04_tape.ipynb #23925c0a
-def mean(x):
+def mean(x # `Value`
+        ): # `Value` with one number in each row
     "Of each row"
     shape = x.shape
     return made([x], lambda grad: [grad.new(shape)], shape=(*shape[:-1], 1))
 
-def lower(x):
+def lower(x # `Value`
+         ): # `Value` in the width of autocast; the same one without autocast
     "As autocast has it for a product; a weight's copy is kept for the next one"
     t = x.tape
     if not t.autocast or x.width == t.autocast: return x
@@ -241,7 +257,11 @@ def lower(x):
     return t.casts[x.node]
 
 # %% ../nbs/04_tape.ipynb #95b80dd1
-def matmul(x, y, shape, bias=None):
+def matmul(x,        # `Value`
+           y,        # `Value`
+           shape,    # of the result
+           bias=None # `Value` that is added
+          ):         # `Value`
     "A product of matrices: each is held for the other's gradient"
     x,y,*more = (lower(v) for v in (x, y, bias) if v)
     all_ = [_traits(v) for v in (x, y, *more)]
@@ -251,6 +271,9 @@ def matmul(x, y, shape, bias=None):
         return [grad.new(all_[0][0]) if all_[0][2] else None, second, *last]
     return made([x, y, *more], back, [x]*bool(y.node) + [y]*bool(x.node), shape)
 
-def linear(x, w, bias=None):
+def linear(x,        # `Value`, whose last size is in
+           w,        # `Value` of shape (out, in)
+           bias=None # `Value` of shape (out,)
+          ):         # `Value`, whose last size is out
     "A linear layer with a weight of shape (out, in)"
     return matmul(x, w, (*x.shape[:-1], w.shape[0]), bias)
