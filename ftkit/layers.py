@@ -10,11 +10,12 @@ Docs: https://ftkit.github.io/ftkit/layers.html.md"""
 
 # %% auto #0
 __all__ = ['Net', 'norm', 'adapted', 'copied', 'rope', 'repeated', 'fused_attention', 'all_scores', 'shown_scores', 'attention',
-           'mlp', 'experts', 'decoder', 'plain_loss', 'chunked_loss']
+           'mlp', 'experts', 'decoder', 'plain_loss', 'chunked_loss', 'Unit', 'entered', 'left']
 
 # %% ../nbs/05_layers.ipynb #1d2790c6
 from dataclasses import dataclass
-from .tape import add, cast, checkpoint, each, linear, lower, made, matmul, mean, mul
+from math import prod
+from .tape import Block, add, cast, checkpoint, each, linear, lower, made, matmul, mean, mul
 
 # %% ../nbs/05_layers.ipynb #4e5e4380
 @dataclass
@@ -267,13 +268,15 @@ def _half(x, f, names, layer, net):
 def plain_loss(x,         # `Value` of shape (tokens, hidden)
                head,      # `Value` of shape (vocab, hidden)
                net,       # `Net`
-               kept=False # do the logits stay until the step is over?
+               kept=False, # do the logits stay until the step is over?
+               unit=None  # `Unit` of the head, on several GPUs
               ):          # list of the loss, and the logits if they are kept
     "transformers' cross-entropy: the loss, and the logits if they are kept"
     with x.tape.calling('logits'):
         logits = linear(x, head)
         if net.scaled: logits = each(logits)
         if net.head_cap: logits = each(each(each(logits), own=True))
+        logits = left(logits, unit)
         return [_likelihood(logits)] + [logits]*kept
 
 def _likelihood(logits):
@@ -337,3 +340,72 @@ def _log_sum(logits):
 def _picked(logits):
     shape = logits.shape
     return made([logits], lambda grad: [grad.beside(shape, shape=shape)], [logits.new((1,))], shape[:1])
+
+# %% ../nbs/05_layers.ipynb #933ed20e
+class Unit:
+    "Weights that are gathered, and let go of, together"
+    def __init__(self,
+                 tape,        # `Tape`
+                 weights,     # `Value` of each
+                 gpus,        # among which they are shared
+                 before=None, # the unit before it
+                 stays=False, # is it kept until the way back?
+                 own=None     # bytes of a number that a GPU keeps; as in arithmetic by default
+                ):
+        self.tape,self.gpus,self.before,self.stays = tape,gpus,before,stays
+        size = lambda some, width: sum(-(-w.shape[0]//gpus)*gpus*prod(w.shape[1:])*(width or w.width) for w in some)
+        trained = [w for w in weights if w.node]
+        self.size,self.sums,self.share = size(weights, None), size(trained, None), size(trained, own)//gpus
+        fewer = own and len(trained) == len(weights) and any(w.width != own for w in weights)
+        self.small = self.size//gpus if fewer else 0 # this GPU's part in fewer bits
+        self.leaves,self.whole = [w.node for w in trained],None
+
+    def block(self, size, kind='gathered'):
+        with self.tape.calling(kind): return Block(self.tape, size)
+
+    def gather(self, piece=None):
+        "In one piece, and in its place"
+        small = piece is None and self.block(self.small)
+        piece = piece or self.block(self.size)
+        del small
+        self.whole = self.block(self.size)
+        return piece
+
+    def again(self):
+        "On the way back: what was asked for ahead of time, and the one before this"
+        t,asked = self.tape,self.tape.asked.pop(self, None)
+        if self.whole is None: self.gather(asked)
+        del asked
+        if self.before: t.asked[self.before] = self.before.block(self.before.size)
+
+    def scatter(self):
+        "Let go of it; its gradients are summed up, and this GPU's part is kept"
+        t,self.whole = self.tape,None
+        if not self.leaves: return
+        t.sums = None
+        t.sums = self.block(self.sums, 'backward')
+        for leaf in self.leaves: t.grads.pop(leaf, None)
+        t.grads[self] = self.block(self.share, 'gradients')
+
+# %% ../nbs/05_layers.ipynb #4308bb43
+def entered(x,   # `Value`
+            unit # `Unit`, or None on a single GPU
+           ):    # `Value`
+    "Before the weights of a unit are needed, and when they no longer are, on the way back"
+    if unit is None: return x
+    if unit.whole is None: x.tape.piece = unit.gather()
+    def back(grad):
+        unit.scatter()
+        return [grad]
+    return made([x], back, block=x.block)
+
+def left(y,   # `Value`
+         unit # `Unit`, or None on a single GPU
+        ):    # `Value`
+    "When the weights of a unit are no longer needed, and before they are, on the way back"
+    if unit is None: return y
+    if not unit.stays: unit.whole = None
+    def back(grad):
+        unit.again()
+        return [grad]
+    return made([y], back, block=y.block)

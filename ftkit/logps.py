@@ -83,16 +83,24 @@ Scores = namedtuple('Scores', 'logps entropy top1')
 
 def _scored(hidden, layer, targets, scale, softcap, smoothing, entropy):
     "The plain formula for one chunk"
-    logits = _capped(layer(hidden).float(), scale, softcap)
+    logits = _capped(_logits(hidden, layer).float(), scale, softcap)
     whole = logits.logsumexp(-1)
     entropies = whole - (logits.softmax(-1)*logits).sum(-1) if entropy else whole.detach()
     logps = _picked(logits, targets[:, None], smoothing).squeeze(-1) - whole
     return logps, entropies, logits.argmax(-1) == targets
 
+# %% ../nbs/30_logps.ipynb #e6146eca
+def _is_shared(layer): return type(layer).__name__ == 'FSDPLinear'
+
+def _logits(hidden, layer):
+    "Of FSDP2 the weights are there, and its hooks have run: a second time they would let go of them too early"
+    from torch.nn.functional import linear
+    return linear(hidden, layer.weight, layer.bias) if _is_shared(layer) else layer(hidden)
+
 def _is_frozen(layer):
     from torch.nn import Linear
     plain = type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    return plain and not any(p.requires_grad for p in layer.parameters())
+    return (plain or _is_shared(layer)) and not any(p.requires_grad for p in layer.parameters())
 
 # %% ../nbs/30_logps.ipynb #1e7b6345
 def score(hidden,        # hidden states of the positions to score, shape (m, d)

@@ -27,6 +27,7 @@ class Tape:
         self.autocast,self.casts = autocast,{}
         self.live,self.kinds,self.peaks,self.phase,self.kind = 0,{},{},'forward','activations'
         self.part,self.order,self.frame,self.grads = 'model',0,None,{}
+        self.piece,self.asked,self.sums = None,{},None # of weights that are shared among GPUs
 
     def count(self, size, kind):
         "So many bytes more of a kind, or fewer"

@@ -1,5 +1,6 @@
 "Simulated memory: what was measured on GPUs, laws, and each trap with and without what avoids it"
-import importlib.util
+import importlib.util, json, os, subprocess, sys
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import pytest, torch
@@ -55,6 +56,67 @@ def test_adapters_gradients_and_states_to_the_byte():
     total = lambda kind: sum(e.size for e in found.events if e.n > 0 and found.kind(e) == kind)
     assert total('adapter') == 4*weights and total('gradients') == 2*4*weights # made in both steps
     assert total('optimizer states') == 2*4*weights + 4*8
+
+def two_processes(tmp_path, what, method, **more):
+    "What tests/fsdp_worker.py says"
+    worker = Path(__file__).parent/'fsdp_worker.py'
+    env = os.environ | dict(SHAPE=json.dumps(SHAPE | more), OMP_NUM_THREADS='1')
+    run = [subprocess.Popen([sys.executable, worker, str(rank), str(tmp_path/'meeting'), what, method], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for rank in range(2)]
+    return json.loads([r.communicate(timeout=240)[0] for r in run][0])
+
+@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('tied', [False, True])
+def test_gradients_of_two_processes(tmp_path, method, tied):
+    "Our loss under FSDP2 has the gradients of one process: a part of the head must not be let go of too early"
+    found = two_processes(tmp_path, 'gradients', method, tie_word_embeddings=tied)
+    assert len(found) > 10 and max(found.values()) < 2e-6
+
+@pytest.mark.parametrize('method', ['full', 'lora'])
+def test_two_real_processes(tmp_path, method):
+    "A step of FSDP2 with numbers, over gloo, makes the allocations of the simulation, in their order, and gloo's own"
+    theirs = [tuple(x) for x in two_processes(tmp_path, 'allocations', method)]
+    found = simulate(config(), method, length=64, batch=2, dtype='fp32', loss='plain', gpus=2, optim='adamw_torch')
+    mine = [(e.phase, e.size) for e in found.events if e.n > 0 and e.phase != 'load']
+    rest,left = iter(theirs),Counter(theirs) - Counter(mine)
+    assert all(event in rest for event in mine) # in this order
+    sums = {e.size for e in found.events if 'empty' in e.op and e.phase == 'backward'}
+    assert {size for phase,size in left if phase == 'backward'} <= sums
+    assert sum(left.values()) == len(theirs) - len(mine)
+    assert {phase for phase,size in left if size > 64} == {'backward'} # gloo copies what it sums up
+
+def test_more_gpus_keep_less():
+    "What stays is an n-th, the step is not; DDP keeps all of it, and the gradients a second time"
+    s = dict(method='full', length=64, optim='adamw_torch', loss='plain')
+    def stays(found): return sum(e.size for e in found.events if e.n > 0 and e.n in found.kinds and e.phase == 'load')
+    one,two,eight = (simulate(config(), **s, gpus=n) for n in (1, 2, 8))
+    whole = stays(one)
+    assert abs(stays(two)/whole - 1/2) < .01 and abs(stays(eight)/whole - 1/8) < .01
+    assert one.allocated > two.allocated > eight.allocated > stays(eight) + 2*stays(eight)
+    gradients = stays(one) # 16 bits, as the weights
+    assert stays(simulate(config(), **s, gpus=8, sharding='ddp')) == whole + gradients
+    assert any(found.kind(e) == 'gathered' for found in [two] for e in found.events) and not dist_is_there()
+
+def dist_is_there():
+    import torch.distributed as dist
+    return dist.is_initialized()
+
+def test_peft_leaves_fsdp2_without_units():
+    "The wrap policy that transformers takes from PEFT is none that accelerate knows: layers would be no units"
+    from types import SimpleNamespace
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from transformers import LlamaForCausalLM
+    net = get_peft_model(LlamaForCausalLM(config()), LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))
+    plugin = SimpleNamespace(auto_wrap_policy=fsdp_auto_wrap_policy(net))
+    assert fsdp2_prepare_auto_wrap_policy(plugin, net) is None
+
+@pytest.mark.parametrize('wrong,text', [(dict(gpus=0), 'gpus=0'), (dict(gpus=2, sharding='zero3'), "sharding 'zero3'"),
+    (dict(gpus=2, method='full', optim='adamw_8bit'), 'cannot be traced')])
+def test_what_cannot_be_shared(wrong, text):
+    with pytest.raises(FtkitError, match=text): simulate(config(), length=16, **wrong)
+    assert not dist_is_there()
 
 def test_weights_are_those_of_the_real_model():
     from transformers import AutoModelForCausalLM
