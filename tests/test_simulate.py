@@ -61,8 +61,8 @@ def two_processes(tmp_path, what, method, **more):
     "What tests/fsdp_worker.py says"
     worker = Path(__file__).parent/'fsdp_worker.py'
     env = os.environ | dict(SHAPE=json.dumps(SHAPE | more), OMP_NUM_THREADS='1')
-    run = [subprocess.Popen([sys.executable, worker, str(rank), str(tmp_path/'meeting'), what, method], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for rank in range(2)]
+    run = [subprocess.Popen([sys.executable, worker, rank, str(tmp_path/'meeting'), what, method], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for rank in '01']
     return json.loads([r.communicate(timeout=240)[0] for r in run][0])
 
 @pytest.mark.parametrize('method', ['full', 'lora'])
