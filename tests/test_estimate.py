@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
 from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, changes, estimate, fits, how,
-                          largest, usual)
+                          largest, parts, usual)
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE/'bench'))
@@ -70,6 +70,45 @@ def test_each_family_is_the_trace(kind):
               dict(lora=few, checkpointing=True, attention='flash'), dict(lora=few, attention='eager', loss='plain')):
         theirs = peaks(config, length=192, batch=2, **s)
         assert abs(estimate(config, length=192, batch=2, **s).allocated/theirs - 1) < .012, s
+
+FEW = [dict(gpus=8, method='full', dtype='fp32', autocast='bf16', checkpointing=True, loss='plain'),
+       dict(gpus=2, method='full', optim='adamw_torch'), dict(gpus=4, autocast='bf16'), dict(gpus=8, length=1500),
+       dict(gpus=2, method='qlora', autocast='bf16', checkpointing=True), dict(gpus=4, method='full', objective='dpo'),
+       dict(gpus=4, method='full', objective='reward'), dict(gpus=4, objective='dpo', loss='ftkit'),
+       dict(gpus=3, method='full', sharding='ddp'), dict(gpus=2, sharding='ddp', checkpointing=True),
+       dict(objective='grpo', method='full', reference='copy'), dict(objective='ppo', reference='adapter'),
+       dict(objective='grpo', batch=5, checkpointing=True, answers=40), dict(objective='grpo', attention='flash'),
+       dict(objective='grpo', gpus=4, method='qlora', checkpointing=True, autocast='bf16')]
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('s', FEW, ids=lambda s: ' '.join(map(str, s.values())))
+def test_several_gpus_and_rl_are_the_trace(s, tied):
+    "Small models, within 1.2% of what the trace has in use"
+    from transformers import AutoConfig
+    shape = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=8, head_dim=128)
+    config = AutoConfig.for_model('llama', **shape, num_key_value_heads=4, vocab_size=30000, tie_word_embeddings=tied)
+    s = dict(length=400, batch=2) | s
+    assert abs(estimate(config, **s).allocated/peaks(config, **s) - 1) < .012
+
+def test_the_figure_of_zero():
+    "Rajbhandari et al. 2020, figure 1: 7.5 billion weights on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB of model states"
+    config = LLAMA8 | dict(vocab_size=32000, num_hidden_layers=33) # 7.5 billion
+    n = sum(p.size for p in parts(config))
+    assert abs(n/7.5e9 - 1) < .03
+    for stage,gb in ((None, 120), ('zero1', 31.4), ('zero2', 16.6), ('zero3', 1.9)):
+        more = dict(gpus=64, sharding=stage) if stage else dict(optim='sgd')
+        k = estimate(config, 'full', length=64, **more).kept
+        size = (k.weights + k.gradients + k.states + (0 if stage else 12*n))*7.5e9/n/1e9
+        assert abs(size - gb) < .06, stage
+
+def test_more_gpus_need_no_more():
+    s = dict(method='full', length=64, dtype='fp32', autocast='bf16')
+    for sharding in ('fsdp', 'zero1', 'zero2', 'zero3', 'ddp'):
+        sizes = [estimate(LLAMA8, **s, gpus=n, sharding=sharding).allocated for n in (2, 4, 8, 64)]
+        assert sizes == sorted(sizes, reverse=True) and (sizes[0] > sizes[-1]) == (sharding != 'ddp')
+        assert estimate(LLAMA8, **s, gpus=1, sharding=sharding).allocated == estimate(LLAMA8, **s).allocated
+    ways = [estimate(LLAMA8, **s, gpus=8, sharding=w).allocated for w in ('ddp', 'zero1', 'zero2', 'fsdp')]
+    assert ways == sorted(ways, reverse=True)
 
 @pytest.mark.parametrize('kind', SHAPES)
 def test_what_a_config_does_not_say(kind):
@@ -190,7 +229,9 @@ def test_the_largest_that_fits():
     (dict(lora=dict(use_dora=True)), 'simulate traces it'), (dict(method='full', lora=dict(r=8)), 'lora goes with'),
     (dict(objective='orpo', reference='copy'), 'has no reference'), (dict(upcast=True), 'upcast is for'),
     (dict(method='full', objective='dpo', reference='adapter'), 'none to switch off'),
-    (dict(optim='lion'), "optim 'lion'"),
+    (dict(optim='lion'), "optim 'lion'"), (dict(gpus=0), 'gpus=0'), (dict(sharding='mics'), "sharding 'mics'"),
+    (dict(gpus=2, optim='adafactor'), 'FSDP2 has AdamW'), (dict(answers=4), 'samples no answers'),
+    (dict(objective='grpo', answers=1.5), 'must be whole numbers'), (dict(objective='orpo', answers=2), 'samples no'),
     (dict(attention='xformers'), "attention 'xformers'"), (dict(workspace=-1), 'workspace=-1')])
 def test_what_is_refused(wrong, text):
     with pytest.raises(FtkitError, match=text.replace('(', r'\(')): estimate(LLAMA, **wrong)

@@ -101,6 +101,19 @@ def dist_is_there():
     import torch.distributed as dist
     return dist.is_initialized()
 
+def test_the_instants_of_rl():
+    "Answers are sampled with a cache of so many numbers; a price has its reference; a critic looks before it leaps"
+    s = dict(length=512, batch=4)
+    plain,many,priced = (simulate(config(), objective='grpo', **s, **more) for more in (
+        {}, dict(answers=64), dict(reference='adapter')))
+    cache = 2*2*2*32*512*2 # keys and values of two layers, two heads of 32, 512 tokens, 16 bits
+    grown = many.phases['sampling'] - plain.phases['sampling']
+    assert 0 <= grown/(60*cache) - 1 < .3 and 'reference' not in plain.phases and 'reference' in priced.phases
+    ppo = simulate(config(), objective='ppo', **s)
+    assert 'judging' in ppo.phases and abs(ppo.phases['backward']/plain.phases['backward'] - 1) < .02
+    assert plain.phases['forward'] == many.phases['forward']
+    with pytest.raises(FtkitError, match='samples none'): simulate(config(), answers=4)
+
 def test_peft_leaves_fsdp2_without_units():
     "The wrap policy that transformers takes from PEFT is none that accelerate knows: layers would be no units"
     from types import SimpleNamespace
@@ -270,16 +283,19 @@ def on_real_tensors(objective, method='full'):
     net = auto.from_config(c, dtype=torch.float32).train()
     copy = auto.from_config(c, dtype=torch.float32).requires_grad_(False).eval()
     if objective not in ('dpo', 'kto'): copy = None
-    batch,m = S._answers(objective, net, 64, 2, 'sdpa'),meter(S._scratch())
+    batch,m = S._rows(objective, net, 64, 2, 'sdpa'),meter(S._scratch())
     for some in filter(None, (net, copy)):
         for t in [*some.parameters(), *some.buffers()]: m.add(t)
     for t in torch.utils._pytree.tree_leaves(batch):
         if isinstance(t, torch.Tensor): m.add(t)
-    refer = (lambda b: S._referred(b, net, copy, 'copy')) if copy else None
-    optimizer = S._optimizer('adamw_torch_fused', [*net.parameters()])
+    trained = [*net.parameters()]
+    critic = S._critic(net, trained) if objective == 'ppo' else None
+    for p in trained: m.add(p)
+    optimizer = S._optimizer('adamw_torch_fused', trained)
+    ahead = S._ahead(dict(objective=objective, length=64, batch=2, answers=None), net, copy, copy and 'copy', critic)
     with S._like_a_gpu(net, 'sdpa'), m:
-        loss = S._preference(objective, net)
-        for _ in range(2): S._step(m, net, optimizer, loss, batch, nullcontext, True, refer)
+        loss = S._policy(objective, critic, None) if objective in S.RL else S._preference(objective, net)
+        for _ in range(2): S._step(m, net, optimizer, loss, batch, nullcontext, True, ahead)
     return [(e.phase, e.size) for e in m.events if e.n > 0 and e.phase != 'load']
 
 @pytest.mark.parametrize('objective', S.OBJECTIVES[1:])
@@ -297,7 +313,7 @@ def test_references_cost_what_they_should():
     assert off.phases['reference'] < off.phases['forward'] and off.allocated == none.allocated
     for options,says in ((dict(method='full', objective='dpo', reference='adapter'), 'none to switch off'),
                          (dict(objective='orpo', reference='copy'), 'has no reference'),
-                         (dict(objective='ppo'), 'objective')):
+                         (dict(objective='pop'), 'objective')):
         with pytest.raises(FtkitError, match=says): simulate(config(), **options)
 
 @pytest.mark.parametrize('optim,bytes_each', [('adamw_torch', 8), ('adamw_8bit', 2 + 2*4/256)])
