@@ -10,13 +10,13 @@ Docs: https://ftkit.github.io/ftkit/choose.html.md"""
 # %% auto #0
 __all__ = ['APPROACH', 'APPROACHES', 'METHOD', 'METHOD_RULES', 'PRIORITIES', 'ADAPTERS', 'SIZES', 'HARDWARE', 'AMOUNTS', 'MODELS',
            'FRAMEWORKS', 'Rule', 'Advice', 'Known', 'advise', 'choose_approach', 'choose_method', 'choose_adapter',
-           'Cell', 'hardware', 'Amount', 'choose_data', 'Model', 'choose_base', 'choose_framework']
+           'Cell', 'hardware', 'Claim', 'claims', 'Amount', 'choose_data', 'Model', 'choose_base', 'choose_framework']
 
 # %% ../nbs/07_choose.ipynb #e88144c9
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from .core import FtkitError
-from .memory import NotCounted, estimate, fits, how, usual
+from .memory import NotCounted, colocated, estimate, fits, how, kept, largest, serving, usual
 
 # %% ../nbs/07_choose.ipynb #590ef8ce
 class Rule(NamedTuple):
@@ -200,18 +200,101 @@ class Cell:
     claim: str   # its number in the ledger
     verdict: str
 
+# %% ../nbs/07_choose.ipynb #9eba0ca2
+def _verdict(low, high, least, most):
+    "Is a range what is counted, within 5%?"
+    if low <= most*1.05 and (high is None or high >= most*.95): return 'holds'
+    return 'more than it takes' if low > most else 'holds for less' if (high or low) >= least else 'too little'
+
 def hardware(gb=2**30 # bytes of a GB of the table
             ):        # list of `Cell`
     "The table of the method page, each cell beside what is counted"
     out = []
-    for (size,method),(low,high,_,claim) in HARDWARE.items():
+    for (size,method),(low,high,gpus,claim) in HARDWARE.items():
         small,large = SIZES[size]
-        least = estimate(small, method, 512, checkpointing=True).allocated/gb
-        most,without = (estimate(large, method, 2048, 2, checkpointing=c).allocated/gb for c in (True, False))
-        verdict = 'holds' if low <= most*1.05 and (high is None or high >= most*.95) else \
-            'more than it takes' if low > most else 'holds for less' if (high or low) >= least else 'too little'
-        out.append(Cell(size, method, (low, high), least, most, without, claim, verdict))
+        least,most,without = (
+            gpus*estimate(model, method, *rows, checkpointing=c, gpus=gpus).allocated/gb
+            for model,rows,c in ((small, (512, 1), True), (large, (2048, 2), True), (large, (2048, 2), False)))
+        out.append(Cell(size, method, (low, high), least, most, without, claim, _verdict(low, high, least, most)))
     return out
+
+# %% ../nbs/07_choose.ipynb #8bccf658
+class Claim(NamedTuple):
+    "What a source says, and what is counted"
+    id: str      # in the ledger of numbers
+    what: str
+    says: str
+    ours: str
+    verdict: str
+
+def _range(id, what, low, high, small, large, method, gb=2**30):
+    "GB, from a row of 512 tokens of the smaller model to two of 2,048 of the larger one"
+    least,most = (estimate(m, method, n, k, checkpointing=True).allocated/gb for m,n,k in (
+        (small, 512, 1), (large, 2048, 2)))
+    return Claim(id, what, f'{low} to {high} GB', f'{least:.1f} to {most:.1f} GB', _verdict(low, high, least, most))
+
+def _several(id, what, says, model, method, *settings):
+    "Is one GPU of 80 GB not enough, in each setting?"
+    found = [fits(estimate(model, method, checkpointing=True, **s), 'a100') for s in settings]
+    ours = '; '.join(f"{s.get('dtype', 'bf16')}, {s.get('batch', 1)} x {s.get('length', 2048):,}: {f.verdict}"
+                     for s,f in zip(settings, found))
+    return Claim(id, what, says, ours, 'holds' if not any(found) else 'one is enough' if all(found) else 'depends')
+
+# %% ../nbs/07_choose.ipynb #5b57cca3
+def _needs_of_rl(model, gpu, n=1): return estimate(
+    model, **usual(gpu, objective='grpo', length=1024, batch=8, checkpointing=True, gpus=n))
+
+def _rl(id, what, says, model, gpu, n=1):
+    "Training and an engine, each on n GPUs"
+    train,engine = fits(_needs_of_rl(model, gpu, n), gpu),sum(serving(model, 64*1024, gpus=n).values())
+    ours = f'{n} x {gpu}: {train.needed/2**30:.1f} GB to train, {engine/2**30:.1f} for the engine'
+    return Claim(id, what, says, ours, 'holds' if train and engine < .95*train.capacity else 'too little')
+
+def _batches(id, what, says, gpu, low, high):
+    "Largest batches, of a 7B model in four bits"
+    found = {n: largest(SIZES['7-8B'][0], gpu, method='qlora', length=n) for n in (512, 1024, 2048)}
+    ours = 'QLoRA of 7B: ' + ', '.join(f'{b} x {n:,}' for n,b in found.items())
+    some = any(low <= b <= high for b in found.values())
+    return Claim(id, what, says, ours, 'holds' if some else 'more fit' if min(found.values()) > high else 'too many')
+
+# %% ../nbs/07_choose.ipynb #2bda6090
+def _less(id, what, says, low, high, of):
+    "GB of LoRA and of QLoRA of a 7B model, by a function of the method"
+    lora,qlora = of('lora')/1e9,of('qlora')/1e9
+    same = abs(lora/high - 1) < .15 and abs(qlora/low - 1) < .15
+    return Claim(id, what, says, f'{lora:.1f} to {qlora:.1f} GB, {1 - qlora/lora:.0%} less',
+                 'holds' if same else 'more than it takes' if low > qlora else 'too little')
+
+# %% ../nbs/07_choose.ipynb #82211bc4
+def claims(): # list of `Claim`
+    "The figures of the sources about memory, each beside ours"
+    three,(seven,eight) = SIZES['1-3B'][1],SIZES['7-8B']
+    fourteen,thirty,seventy = (SIZES[size][1] for size in ('13-14B', '30-34B', '70-72B'))
+    one = fits(colocated(_needs_of_rl(three, '4090'), serving(three, 64*1024)), '4090')
+    alone = f'3B, asleep in between: {one.needed/2**30:.1f} GB of {one.capacity/2**30:.1f}, {one.verdict}'
+    full = dict(dtype='bf16'),dict(dtype='fp32', autocast='bf16')
+    tuned = lambda method: estimate(seven, method, 512, checkpointing=True).allocated
+    weights = lambda method: kept(seven, method).weights
+    return [_rl('n031', 'GRPO, 0.5-3B', '24 GB and 24 GB', three, '4090'),
+            _rl('n032', 'GRPO, 7-8B', '80 GB and 80 GB', eight, 'a100'),
+            _rl('n033', 'GRPO, 13-14B', '1 or 2 x 80 GB each', fourteen, 'a100'),
+            _rl('n034', 'GRPO, 30-72B', '2 to 4 x 80 GB each', seventy, 'a100', 4),
+            Claim('n035', 'GPUs for GRPO', 'at least 2', alone, 'one is enough' if one else 'holds'),
+            Claim('n036', 'GRPO on one GPU of 24 GB', 'up to about 3B', alone, 'holds' if one else 'too little'),
+            _several('n037', 'several GPUs, full', 'from 7B', seven, 'full', *full),
+            _several('n038', 'several GPUs, LoRA', 'from 30B', thirty, 'lora', {}, dict(length=8192, batch=2)),
+            _several('n039', 'several GPUs, LoRA', 'from 13B', fourteen, 'lora', {}, dict(length=32768, batch=2)),
+            _several('n040', 'several GPUs, full', 'from 7B', eight, 'full', *full),
+            _range('n041', 'LoRA, 1-3B', 8, 16, *SIZES['1-3B'], 'lora'),
+            _range('n042', 'LoRA, 7-8B', 16, 24, *SIZES['7-8B'], 'lora'),
+            _range('n043', 'LoRA, 13-14B', 24, 40, *SIZES['13-14B'], 'lora'),
+            _range('n044', 'QLoRA, 30-70B', 40, 80, SIZES['30-34B'][0], seventy, 'qlora'),
+            _range('n097', 'LoRA, 7B', 14, 18, seven, seven, 'lora', 1e9),
+            _less('n100', 'QLoRA beside LoRA', 'up to 75% less', 3.5, 14, weights),
+            _less('n101', 'QLoRA, 7B, at the start', '14 to 9.1 GB', 9.1, 14, weights),
+            _less('n102', 'QLoRA, 7B, tuned', '15.6 to 9.3 GB', 9.3, 15.6, tuned),
+            _batches('n112', 'batch on 24 GB', '16', '4090', 16, 16),
+            _batches('n113', 'batch on 8 GB', '2 or 4', 8*2**30, 2, 4)]
 
 # %% ../nbs/07_choose.ipynb #d0b97109
 class Amount(NamedTuple):

@@ -11,14 +11,14 @@ Docs: https://ftkit.github.io/ftkit/memory.html.md"""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'WIDTHS', 'EIGHT', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'RL', 'KINDS', 'LOSSES', 'ATTENTIONS', 'REFERENCES',
-           'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'GPUS', 'CONTEXT', 'ADAMW',
-           'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes', 'adapter_parts',
-           'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how', 'Fit', 'fits', 'Change', 'changes',
-           'largest']
+           'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'ENGINE', 'GPUS', 'CONTEXT',
+           'ADAMW', 'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
+           'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how', 'serving',
+           'colocated', 'Fit', 'fits', 'Change', 'changes', 'largest']
 
 # %% ../nbs/06_memory.ipynb #5a9875f6
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -599,6 +599,35 @@ def how(setting # of an `Estimate` or a `Simulation`
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
              'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim']]
     return ', '.join(words)
+
+# %% ../nbs/06_memory.ipynb #538ee750
+ENGINE = int(1.26*2**30) + int(1.79*2**30) # bytes that vLLM needs to compute, of an 8B model
+
+def serving(model,       # as in `read_config`
+            tokens,      # of all answers at once, with their prompts
+            dtype='bf16', # of weights and cache
+            gpus=1       # that share them (tensor parallel)
+           ):            # bytes by kind, on each GPU
+    "What an engine keeps: weights, and a cache of 2 x layers x heads of keys and values x their width for each token"
+    c = read_config(model)
+    found = parts(c)
+    if not all(type(n) is int and n > 0 for n in (tokens, gpus)): raise FtkitError(
+        f'tokens={tokens}, gpus={gpus}: must be whole numbers, at least 1')
+    heads,layers = c['num_attention_heads'],c['num_hidden_layers']
+    kv,wide = c.get('num_key_value_heads') or heads,c.get('head_dim') or c['hidden_size']//heads
+    cache = 2*layers*tokens*kv*wide*WIDTHS.get(dtype, 0)
+    return dict(weights=weight_bytes(found, dtype)//gpus, cache=cache//gpus, engine=ENGINE)
+
+def colocated(needs,       # `Estimate` of an objective of RL
+              engine,      # of `serving`
+              sleeps=True  # while the model is trained
+             ):            # `Estimate`
+    "The same step with an engine on the same GPU"
+    if needs.setting['objective'] not in RL: raise FtkitError(f"{needs.setting['objective']} samples no answers")
+    extra = sum(engine.values())
+    stays = {k: needs.at_peak.get(k, 0) for k in ('weights', 'adapter', 'states', 'reference', 'workspace')}
+    phases = {phase: kinds | (dict(engine=0 if sleeps else extra)) for phase,kinds in needs.phases.items()}
+    return replace(needs, phases=phases | dict(sampling=stays | dict(engine=extra)))
 
 # %% ../nbs/06_memory.ipynb #eb40ece0
 GPUS = { # GiB that PyTorch says a GPU has, the lowest on record

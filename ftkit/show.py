@@ -300,7 +300,7 @@ def calibration_plot(found, # from `ftkit.reward.calibration`
 # %% ../nbs/70_show.ipynb #b06cf54e
 _KINDS = dict(weights='#6b7280', gathered='#374151', reference='#9ca3af', adapter='#2d6a4f', states='#d97706',
               gradients='#b91c1c', activations='#2563eb', logits='#9333ea', backward='#0891b2', optimizer='#f59e0b',
-              workspace='#d1d5db')
+              engine='#be185d', workspace='#d1d5db')
 _SAME = {'optimizer states': 'states', 'optimizer step': 'optimizer', 'other weights': 'weights'}
 
 def _by_kind(bytes_):

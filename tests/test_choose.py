@@ -3,7 +3,7 @@ import re
 import pytest
 from ftkit.choose import (ADAPTERS, AMOUNTS, APPROACHES, FRAMEWORKS, HARDWARE, METHOD_RULES, MODELS, SIZES, advise,
                           choose_adapter, choose_approach, choose_base, choose_data, choose_framework, choose_method,
-                          hardware)
+                          claims, hardware)
 from ftkit.core import FtkitError
 from ftkit.memory import METHODS, estimate, parts
 
@@ -129,6 +129,21 @@ def test_every_cell_has_a_figure():
     assert cells['1-3B', 'qlora'].most < 5 < 6 and cells['1-3B', 'qlora'].verdict == 'more than it takes'
     other = {(c.size, c.method): c.verdict for c in hardware(1e9)}
     assert other['70-72B', 'qlora'] == 'holds for less' # 52 of 48 GB, and a smaller one takes 44
+
+def test_every_figure_of_the_sources(shared):
+    "Is beside ours, and says what the ledger says: each number of it is in the ledger's line"
+    import csv
+    with open(shared.parent/'reference'/'seed_numbers.csv') as f: rows = {r['id']: r for r in csv.DictReader(f)}
+    found = {c.id: c for c in claims()}
+    about = {f'n{k:03}' for k in (*range(31, 45), 97, 100, 101, 102, 112, 113)}
+    assert {*found} == about
+    for id,c in found.items():
+        text = f"{rows[id]['claim']} {rows[id]['value']} {rows[id]['condition']}"
+        said = re.findall(r'\d+(?:\.\d+)?', c.says)
+        assert said and all(n in re.findall(r'\d+(?:\.\d+)?', text) for n in said), (id, c.says, text)
+    assert found['n037'].verdict == found['n038'].verdict == 'depends' and found['n097'].verdict == 'holds'
+    weights = 2*sum(p.size for p in parts(SIZES['7-8B'][0]))/1e9
+    assert f'{weights:.1f} to ' in found['n101'].ours and found['n101'].verdict == 'more than it takes'
 
 def test_adapters_by_what_fits():
     small,large = SIZES['1-3B'][0],SIZES['70-72B'][0]

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
-from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, changes, estimate, fits, how,
-                          largest, parts, usual)
+from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, changes, colocated, estimate, fits,
+                          how, largest, parts, serving, usual)
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE/'bench'))
@@ -100,6 +100,20 @@ def test_the_figure_of_zero():
         k = estimate(config, 'full', length=64, **more).kept
         size = (k.weights + k.gradients + k.states + (0 if stage else 12*n))*7.5e9/n/1e9
         assert abs(size - gb) < .06, stage
+
+def test_an_engine_beside_it():
+    "Weights, a cache of so many tokens, and what it computes with; asleep it takes nothing while the model is trained"
+    engine = serving(LLAMA8, 1000)
+    assert engine['cache'] == 2*32*8*128*2*1000 and engine['weights'] == 2*sum(p.size for p in parts(LLAMA8))
+    assert serving(LLAMA8, 1000, gpus=4)['weights']*4 == engine['weights']
+    needs = estimate(LLAMA8, objective='grpo', length=1024, batch=4)
+    asleep,awake = (colocated(needs, engine, sleeps) for sleeps in (True, False))
+    assert awake.allocated == needs.allocated + sum(engine.values()) > asleep.allocated >= needs.allocated
+    stays = needs.kept.weights + needs.kept.adapter + needs.kept.states + needs.setting['workspace']
+    assert sum(asleep.phases['sampling'].values()) == stays + sum(engine.values())
+    with pytest.raises(FtkitError, match='samples no answers'): colocated(estimate(LLAMA8), engine)
+    for wrong in (0, 1.5): # tokens
+        with pytest.raises(FtkitError, match='whole numbers'): serving(LLAMA8, wrong)
 
 def test_more_gpus_need_no_more():
     s = dict(method='full', length=64, dtype='fp32', autocast='bf16')
