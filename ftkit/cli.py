@@ -165,14 +165,8 @@ def _set(method, r, targets, autocast, checkpointing, **said):
 
 def _to_change(config, gpu, said):
     "What would make it fit"
-    from ftkit.memory import NotCounted, changes, largest
-    try:
-        found = changes(config, gpu, **said)
-        if found and found[-1].fit and found[-1].fit.verdict == 'fits': print('\nto make it fit:')
-        else:
-            rows = largest(config, gpu, 'length', **{n: v for n,v in said.items() if n != 'length'})
-            print(f'\nrows of {rows:,} tokens fit; what saves something with these rows, and is not enough:')
-        for change in found: print(' ', change)
+    from ftkit.memory import NotCounted, to_fit
+    try: print('', *to_fit(config, gpu, **said), sep='\n')
     except NotCounted: print('what would have to change is not counted for it: try --method, --batch, --length')
 
 # %% ../nbs/81_cli.ipynb #e13bed88
@@ -183,7 +177,8 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            gpu:str=None,           # a key of ftkit.memory.GPUS, such as t4, 4090 or a100; several by default
            length:int=2048,        # tokens of a row
            batch:int=1,            # rows that go through the model at once
-           objective:str='sft',    # sft, reward, dpo, kto, orpo, cpo or simpo
+           objective:str='sft',    # sft, reward, dpo, kto, orpo, cpo, simpo, grpo or ppo
+           answers:int=None,       # of grpo and ppo: how many are sampled at once
            r:int=16,               # rank of the adapter
            targets:str=None,       # layers that get an adapter, with commas between; every linear one by default
            dtype:str=None,         # of the weights: bf16, fp16 or fp32; as in ftkit's own runs by default
@@ -192,6 +187,8 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            checkpointing:store_true=False, # gradient checkpointing, which qlora has in any case
            optim:str='adamw_torch_fused', # by the name it has in transformers
            loss:str='ftkit',       # ftkit's, or transformers': plain
+           gpus:int=1,             # among which training is shared
+           sharding:str='fsdp',    # how, with several: fsdp, ddp, zero1, zero2 or zero3
            trace:store_true=False  # trace a step of the installed libraries, which takes seconds
           ):
     "Say what a training step of a model needs, on which GPUs it goes, and what to change where it does not"
@@ -200,7 +197,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
     _quiet()
     config,shown = _model_config(model),None
     said = _set(method, r, targets, autocast, checkpointing, length=length, batch=batch, objective=objective,
-                dtype=dtype, attention=attention, optim=optim, loss=loss)
+                dtype=dtype, attention=attention, optim=optim, loss=loss, answers=answers, gpus=gpus, sharding=sharding)
     for name in [gpu] if gpu else SHOWN:
         s = usual(name, **said)
         if s != shown: needs,shown = _needs(config, s, trace),s

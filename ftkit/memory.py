@@ -14,7 +14,7 @@ __all__ = ['FAMILIES', 'WIDTHS', 'EIGHT', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'RL
            'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'ENGINE', 'GPUS', 'CONTEXT',
            'ADAMW', 'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
            'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how', 'serving',
-           'colocated', 'Fit', 'fits', 'Change', 'changes', 'largest']
+           'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'largest']
 
 # %% ../nbs/06_memory.ipynb #5a9875f6
 import json
@@ -594,7 +594,9 @@ def how(setting # of an `Estimate` or a `Simulation`
     "A setting in words"
     s = setting
     adapter = f" of rank {(s['lora'] or {}).get('r', 16)}" if s['method'] != 'full' else ''
-    words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else ''),
+    sampled = f" ({s['answers'] or s['batch']} sampled at once)" if s['objective'] in RL else ''
+    words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else sampled),
+             *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
              f"{s['batch']} x {s['length']:,} tokens", f"{s['dtype']} weights",
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
              'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim']]
@@ -746,6 +748,33 @@ def changes(model,      # as in `read_config`
     listed = [Change(text, was.allocated-e.allocated, fits(e, gpu)) for (text,e),was in zip(found, before)]
     return listed if enough else listed + _after(model, start.setting, gpu, CHANGES)[1]
 
+# %% ../nbs/06_memory.ipynb #04bd4e1a
+def to_fit(model,      # as in `read_config`
+           gpu='t4',   # as in `fits`
+           **settings  # of `estimate`; those of `usual` where none are given
+          ):           # lines of text; none where it fits
+    "What would have to change for a step to fit"
+    s = usual(gpu, **settings)
+    if fits(estimate(model, **s), gpu).verdict == 'fits': return []
+    found = changes(model, gpu, **s)
+    if found and found[-1].fit and found[-1].fit.verdict == 'fits': first = 'to make it fit:'
+    else:
+        rows = largest(model, gpu, 'length', **{n: v for n,v in s.items() if n != 'length'})
+        first = f'rows of {rows:,} tokens fit; what saves something with these rows, and is not enough:'
+    return [first, *(f'  {change}' for change in found)]
+
+def corrected(needs,   # `Estimate`
+              measured # bytes that a step had in use: `torch.cuda.max_memory_allocated`
+             ):        # `Estimate`
+    "What is not there all the time, as much more or less as one step has shown"
+    stays = {'weights', 'adapter', 'states', 'reference', 'workspace', 'engine'}
+    fixed = sum(n for k,n in needs.at_peak.items() if k in stays)
+    if type(measured) is not int or measured < fixed: raise FtkitError(
+        f'measured={measured}: less than what is there all the time, {fixed:,} bytes: was it a step of this model?')
+    share = (measured-fixed)/max(1, needs.allocated-fixed)
+    return replace(needs, phases={phase: {k: n if k in stays else int(n*share) for k,n in kinds.items()}
+                                  for phase,kinds in needs.phases.items()})
+
 # %% ../nbs/06_memory.ipynb #018dc82f
 def largest(model,         # as in `read_config`
             gpu='t4',      # as in `fits`
@@ -757,7 +786,9 @@ def largest(model,         # as in `read_config`
     if what in settings: raise FtkitError(f'{what}={settings[what]}: it is what is looked for')
     s = usual(gpu, **settings)
     def ok(n): return fits(estimate(model, **s | {what: n}), gpu).verdict == 'fits'
-    low,high = 0,1 if what == 'batch' else 2
+    low = 1 if what == 'batch' else 2
+    if not ok(low): return 0
+    high = 2*low
     while high < 2**24 and ok(high): low,high = high,2*high
     while high-low > (max(1, low//64) if what == 'length' else 1):
         mid = (low+high)//2

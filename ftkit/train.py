@@ -13,6 +13,7 @@ __all__ = ['TRACKERS', 'count', 'Run', 'read_log', 'run_files', 'last_checkpoint
 
 # %% ../nbs/40_train.ipynb #6bc5613a
 import hashlib, json, os, re, shutil, sys, time, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -92,6 +93,11 @@ def _tokens(inputs):
     mask = inputs['tree'] >= 0 if 'tree' in inputs else inputs.get('attention_mask')
     return mask.sum() if mask is not None and mask.dim() == 2 else inputs['input_ids'].numel()
 
+def _shape(inputs):
+    "(rows, tokens of a row) of a batch"
+    if 'input_ids' in inputs: return tuple(inputs['input_ids'].shape)
+    return next((found for v in inputs.values() if isinstance(v, dict) and (found := _shape(v))), None)
+
 def _trainer(objective, loss, reference, *args, **kwargs):
     "A `Trainer` of an objective's loss"
     from transformers import Trainer
@@ -99,10 +105,12 @@ def _trainer(objective, loss, reference, *args, **kwargs):
     class ObjectiveTrainer(_Sums, Trainer):
         def __init__(self, *args, **kwargs):
             self.head,self.reference,self.tokens,self.sums = None,reference,0,dict(train={}, eval={})
+            self.shape = None # of the batch that goes through the model
             super().__init__(*args, **kwargs)
             if reference and reference.how == 'copy': reference.model.to(self.args.device)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.shape = _shape(inputs)
             with self.accelerator.autocast():
                 self.head = self.head or self.measured(self.accelerator.unwrap_model(model))
                 if self.reference: self.reference.fill(inputs)
@@ -350,6 +358,55 @@ def _tried(make, train_dataset, **kwargs):
     return trainer
 
 # %% ../nbs/40_train.ipynb #e10cfd76
+def _setting(trainer, objective):
+    "Of a run, as `ftkit.memory.estimate` takes it"
+    import torch
+    model,args,(rows,width) = trainer.accelerator.unwrap_model(trainer.model),trainer.args,trainer.shape
+    adapter = next(iter(getattr(model, 'peft_config', {}).values()), None)
+    four = getattr(model, 'is_loaded_in_4bit', False)
+    floats = [p for p in model.parameters() if p.is_floating_point() and (not adapter or not p.requires_grad)]
+    kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}.get(floats[0].dtype, 'fp32')
+    attention = dict(flash_attention_2='flash', eager='eager').get(model.config._attn_implementation)
+    batch = rows if objective == 'sft' else args.per_device_train_batch_size
+    length = width if objective == 'sft' else max(2, rows*width*2//(3*batch)) # a prompt and two answers, alike
+    found = dict(method='full' if not adapter else 'qlora' if four else 'lora', dtype=kind, batch=batch, length=length,
+                 autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None, optim=str(args.optim.value),
+                 objective=objective, checkpointing=bool(model.is_gradient_checkpointing))
+    if attention: found['attention'] = attention
+    layers = sorted({n.split('.')[-1] for n in adapter.target_modules}) if adapter else None
+    if adapter: found['lora'] = dict(r=adapter.r, target_modules=layers)
+    return found
+
+# %% ../nbs/40_train.ipynb #6982a5d0
+def _capacity():
+    "Bytes of the GPU, or None"
+    import torch
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+@contextmanager
+def _explained(trainer, objective):
+    "Where memory runs out, say what a step needs, and what would make it fit"
+    import torch
+    try: yield
+    except torch.OutOfMemoryError as e: found,why = e,_why_no_memory(trainer, objective)
+    else: return
+    raise FtkitError(why) from found
+
+# %% ../nbs/40_train.ipynb #669aa8a5
+def _why_no_memory(trainer, objective):
+    from ftkit.memory import estimate, how, to_fit
+    rows,width = getattr(trainer, 'shape', None) or (None, None)
+    first = 'the GPU has not enough memory' + (f' for {rows} x {width:,} tokens at once' if rows else '')
+    try:
+        s,config,there = _setting(trainer, objective),trainer.accelerator.unwrap_model(trainer.model).config,_capacity()
+        needs = estimate(config, **s)
+        said = [first, how(needs.setting), repr(needs), *(to_fit(config, there, **s) if there else ())]
+    except (FtkitError, TypeError, AttributeError): # what is not counted
+        said = [first, 'gradient_checkpointing=True, or a smaller per_device_train_batch_size with '
+                'gradient_accumulation_steps, takes less']
+    return '\n'.join(said)
+
+# %% ../nbs/40_train.ipynb #d2c614e8
 def _with_reference(trainer, data, eval_data, precision):
     "Let the trainer read what the reference says of every answer, instead of asking it"
     def done(ds):
@@ -368,7 +425,7 @@ def _run(trainer, checkpoint, record):
     with warnings.catch_warnings():
         # PEFT says so at every checkpoint of a model with new tokens
         warnings.filterwarnings('ignore', 'Setting `save_embedding_layers`')
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _explained(trainer, record.found['objective']): trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False) # or it would go on in autocast
     if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad): raise FtkitError(
         f'the weights are not finite after training: lower learning_rate={trainer.args.learning_rate}')

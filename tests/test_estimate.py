@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
-from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, changes, colocated, estimate, fits,
-                          how, largest, parts, serving, usual)
+from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, changes, colocated, corrected,
+                          estimate, fits, how, largest, parts, serving, to_fit, usual)
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE/'bench'))
@@ -100,6 +100,24 @@ def test_the_figure_of_zero():
         k = estimate(config, 'full', length=64, **more).kept
         size = (k.weights + k.gradients + k.states + (0 if stage else 12*n))*7.5e9/n/1e9
         assert abs(size - gb) < .06, stage
+
+def test_in_words():
+    "What would have to change, or how long rows may be; nothing where it fits"
+    assert to_fit(LLAMA8, 'h200') == []
+    first,*rest = to_fit(LLAMA8, 'l4')
+    assert first == 'to make it fit:' and rest and all(line.startswith('  ') for line in rest)
+    first,*_ = to_fit(LLAMA8, 't4', method='qlora', length=10**6)
+    n = int(first.split()[2].replace(',', ''))
+    assert n == largest(LLAMA8, 't4', 'length', method='qlora') > 1000
+
+def test_what_a_step_has_shown():
+    "The first real step says by how much what comes and goes was wrong; what stays was not"
+    e = estimate(LLAMA8, length=1000)
+    for measured in (e.allocated - 2**28, e.allocated, e.allocated + 2**30):
+        c = corrected(e, measured)
+        assert abs(c.allocated - measured) < 1000 and c.kept == e.kept and c.at_peak['weights'] == e.at_peak['weights']
+    for wrong in (2**30, None, 1.5):
+        with pytest.raises(FtkitError, match='measured='): corrected(e, wrong)
 
 def test_an_engine_beside_it():
     "Weights, a cache of so many tokens, and what it computes with; asleep it takes nothing while the model is trained"
@@ -233,7 +251,7 @@ def test_the_largest_that_fits():
     n = largest(LLAMA8, 'l4', 'length', **s)
     longer = fits(estimate(LLAMA8, length=n + n//64 + 1, **s), 'l4')
     assert fits(estimate(LLAMA8, length=n, **s), 'l4').verdict == 'fits' != longer.verdict
-    assert largest(LLAMA8, 't4', method='full') == 0
+    assert largest(LLAMA8, 't4', method='full') == largest(LLAMA8, 't4', 'length', method='full') == 0
     with pytest.raises(FtkitError, match='looked for'): largest(LLAMA8, 'l4', batch=2)
 
 @pytest.mark.parametrize('wrong,text', [

@@ -119,3 +119,23 @@ def test_real_answers(shared, tmp_path, objective, file, capsys, recwarn):
                   per_device_train_batch_size=4)
     assert all(torch.tensor(e['loss']).isfinite() for e in found.log if 'loss' in e)
     assert [str(w.message) for w in recwarn if not issubclass(w.category, DeprecationWarning)] == []
+
+
+@pytest.mark.parametrize('objective', ['sft', 'dpo'])
+def test_no_memory_left(tmp_path, monkeypatch, objective):
+    "The run says what a step needs, and what would make it fit; where that is not counted, what helps in any case"
+    from transformers import TrainerCallback
+    from ftkit import memory, train as module
+    class Full(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory')
+    def failed(adapter=None):
+        with pytest.raises(FtkitError) as e: run(tmp_path, objective, adapter, max_steps=2, callbacks=[Full()],
+                                                 overwrite=True)
+        return str(e.value)
+    monkeypatch.setattr(module, '_capacity', lambda: 2**29 + 2**20)
+    said = failed()
+    assert 'not enough memory for' in said and f'full, {objective}' in said and 'does not fit' in said
+    assert 'gradient checkpointing' in said or 'rows of' in said
+    assert 'lora of rank' in failed('lora')
+    monkeypatch.setattr(memory, 'FAMILIES', {})
+    assert 'gradient_checkpointing=True' in failed()
