@@ -67,6 +67,17 @@ def folder(v):
                                                  str(made), *OLD[v]])
     return str(made)
 
+def table(out):
+    "What was measured, under which conditions and by whom, and what is predicted: measured.csv"
+    found,names = {x['id']: x for x in out},dict(
+        id='id', model='model', shape='arch_LHnhkvff_vocab', method='method', length='seq_len', batch='micro_batch',
+        checkpointing='grad_ckpt', attention='attn_impl', gpu='gpu', allocated_mib='peak_mib',
+        reserved_mib='peak_reserved_or_smi_mib', versions='versions', source='source_url')
+    with (HERE/'measured.csv').open('w', newline='') as f:
+        w = csv.writer(f)
+        w.writerow([*names, 'predicted_mib'])
+        for row in rows(): w.writerow([*(row[c] for c in names.values()), round(found[row['id']]['mib'], 1)])
+
 def main(*only):
     out = []
     for row in rows():
@@ -86,6 +97,7 @@ def main(*only):
             if sizes: print(f'{gpu}, {name}: {len(sizes)} runs, mean error {sum(sizes)/len(sizes):.2%}, '
                             f'worst {max(sizes):.2%}')
     (HERE/'memory.json').write_text(json.dumps(out, indent=1))
+    if not only: table(out)
 
 if __name__ == '__main__':
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
