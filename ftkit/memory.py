@@ -14,7 +14,7 @@ __all__ = ['FAMILIES', 'WIDTHS', 'EIGHT', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'RL
            'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'ENGINE', 'GPUS', 'CONTEXT',
            'ADAMW', 'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
            'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how', 'serving',
-           'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'largest']
+           'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'stored', 'largest']
 
 # %% ../nbs/06_memory.ipynb #5a9875f6
 import json
@@ -774,6 +774,21 @@ def corrected(needs,   # `Estimate`
     share = (measured-fixed)/max(1, needs.allocated-fixed)
     return replace(needs, phases={phase: {k: n if k in stays else int(n*share) for k,n in kinds.items()}
                                   for phase,kinds in needs.phases.items()})
+
+# %% ../nbs/06_memory.ipynb #69a289d7
+def stored(model,         # as in `read_config`
+           method='lora', # one of `METHODS`
+           optim='adamw_torch_fused', # by the name it has in transformers
+           checkpoints=1, # that are kept
+           **lora         # of `adapter_parts`
+          ):              # bytes by name
+    "What a run takes on the disk: the model it begins with, its checkpoints, its result, and a merged model"
+    if type(checkpoints) is not int or checkpoints < 0: raise FtkitError(f'checkpoints={checkpoints}: a whole number')
+    k = kept(model, method, 'fp32', str(optim).removeprefix('paged_'), **lora) # pages are written, too
+    whole = weight_bytes(parts(model), 'bf16')
+    run = k.adapter or k.weights
+    found = dict(base=whole, checkpoints=checkpoints*(run + k.states), result=run)
+    return found if method == 'full' else found | dict(merged=whole)
 
 # %% ../nbs/06_memory.ipynb #018dc82f
 def largest(model,         # as in `read_config`

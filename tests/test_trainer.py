@@ -139,3 +139,16 @@ def test_no_memory_left(tmp_path, monkeypatch, objective):
     assert 'lora of rank' in failed('lora')
     monkeypatch.setattr(memory, 'FAMILIES', {})
     assert 'gradient_checkpointing=True' in failed()
+
+@pytest.mark.parametrize('adapter', [None, 'lora'])
+def test_what_a_run_takes_on_the_disk(tmp_path, adapter):
+    "Files of weights and of the optimizer, but for the names in them"
+    from ftkit.memory import stored
+    from ftkit.tiny import tiny
+    found = run(tmp_path, 'sft', adapter, max_steps=2, save_strategy='steps', save_steps=2)
+    config,lora = tiny()[1].config,dict(r=4) if adapter else {}
+    said = stored(config, adapter or 'full', optim='adamw_torch', checkpoints=1, **lora)
+    def size(folder): return sum(f.stat().st_size for f in folder.iterdir() if f.name == 'optimizer.pt'
+                                 or f.suffix == '.safetensors')
+    there = size(next(found.path.glob('checkpoint-*')))
+    assert 0 <= there - said['checkpoints'] < 60_000 and 0 <= size(found.adapter) - said['result'] < 10_000
