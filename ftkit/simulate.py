@@ -13,7 +13,7 @@ __all__ = ['MiB', 'GiB', 'DTYPES', 'OPTIMS', 'LOSSES', 'OBJECTIVES', 'REFERENCES
            'METHODS', 'ATTENTIONS', 'Event', 'meter', 'Allocator', 'Simulation', 'simulate']
 
 # %% ../nbs/45_simulate.ipynb #88245fa0
-import bisect, sys, weakref
+import bisect, re, sys, weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,16 +30,18 @@ class Event(NamedTuple):
     phase: str = ''   # of the step
     op: str = ''      # that made it
     shape: tuple = ()
+    where: str = ''   # the module it was made in
 
 class _Ledger:
     "Allocations and releases, in their order"
     def __init__(self):
         super().__init__()
         self.events,self.live,self.kinds,self.phase,self.n,self.on,self.idle = [],{},{},'load',0,True,set()
+        self.inside = [] # modules that are running, the innermost last
 
     def new(self, size, op='', shape=()):
         self.n += 1
-        self.events.append(Event(self.n, size, self.phase, op, shape))
+        self.events.append(Event(self.n, size, self.phase, op, shape, self.inside[-1] if self.inside else ''))
         return self.n
 
     def add(self, t, op=''):
@@ -495,6 +497,19 @@ def _policy(objective, critic, priced):
         return losses.sum()/len(losses)
     return loss
 
+# %% ../nbs/45_simulate.ipynb #440fe4e5
+@contextmanager
+def _named(m, net):
+    "Modules say when they begin and when they end"
+    from torch.nn.modules import module as hooks
+    names = {id(module): name for name,module in net.named_modules()}
+    def end(*_): m.inside.pop() # and nothing, as what a hook returns is what comes out
+    both = [hooks.register_module_forward_pre_hook(lambda module, _: m.inside.append(names.get(id(module), ''))),
+            hooks.register_module_forward_hook(end, always_call=True)]
+    try: yield
+    finally:
+        for hook in both: hook.remove()
+
 # %% ../nbs/45_simulate.ipynb #2d9d8dff
 def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None):
     "One step, phase by phase"
@@ -690,6 +705,19 @@ def at_peak(self:Simulation):
     _,by = max(self.curve(), key=lambda x: sum(x[1].values()))
     return {k: n for k,n in sorted(by.items(), key=lambda x: -x[1]) if n}
 
+@patch(as_prop=True)
+def modules(self:Simulation):
+    "Bytes of what each module made that are in use when most are, all layers together"
+    curve = self.curve()
+    last,live,out = max(range(len(curve)), key=lambda k: sum(curve[k][1].values())),{},{}
+    for e in self.events[:last+1]:
+        if e.n > 0: live[e.n] = e
+        else: live.pop(-e.n)
+    for e in live.values():
+        name = re.sub(r'\b\d+\b', '*', e.where).removeprefix('base_model.model.')
+        if e.phase != 'load': out[name] = out.get(name, 0) + e.size
+    return {k: n for k,n in sorted(out.items(), key=lambda x: -x[1])}
+
 @patch
 def __repr__(self:Simulation):
     gib,phases = lambda n: f'{n/GiB:.2f} GiB',self.phases
@@ -830,7 +858,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
         ahead = _ahead(setting, net, copy, how, critic)
         loss_of = _policy(objective, critic, how) if objective in RL else \
             LOSSES[loss] if objective == 'sft' else _preference(objective, net)
-        with m:
+        with m, _named(m, net):
             for _ in range(2): _step(m, net, optimizer, loss_of, made, cast, clip, ahead)
         events = [*m.events]
     return Simulation(setting, events, m.kinds, config.get_text_config().vocab_size, workspace)

@@ -101,6 +101,14 @@ def dist_is_there():
     import torch.distributed as dist
     return dist.is_initialized()
 
+def test_who_made_it():
+    "What is there at the worst moment, by module, is all but what was loaded; an MLP of four times the width makes four times"
+    found = simulate(config(), 'full', length=128, batch=2, loss='plain')
+    loaded = sum(e.size for e in found.events if e.n > 0 and e.phase == 'load' and e.n in found.kinds)
+    assert abs(sum(found.modules.values()) + loaded - sum(found.at_peak.values())) < 20_000
+    made = lambda c: simulate(c, 'full', length=128, batch=2).modules['model.layers.*.mlp.up_proj']
+    assert made(config(intermediate_size=2048)) == 4*made(config()) and not found.events[-1].where
+
 def test_the_instants_of_rl():
     "Answers are sampled with a cache of so many numbers; a price has its reference; a critic looks before it leaps"
     s = dict(length=512, batch=4)
