@@ -705,6 +705,7 @@ def at_peak(self:Simulation):
     _,by = max(self.curve(), key=lambda x: sum(x[1].values()))
     return {k: n for k,n in sorted(by.items(), key=lambda x: -x[1]) if n}
 
+# %% ../nbs/45_simulate.ipynb #c1ed7c4d
 @patch(as_prop=True)
 def modules(self:Simulation):
     "Bytes of what each module made that are in use when most are, all layers together"
@@ -718,6 +719,7 @@ def modules(self:Simulation):
         if e.phase != 'load': out[name] = out.get(name, 0) + e.size
     return {k: n for k,n in sorted(out.items(), key=lambda x: -x[1])}
 
+# %% ../nbs/45_simulate.ipynb #f085ab4f
 @patch
 def __repr__(self:Simulation):
     gib,phases = lambda n: f'{n/GiB:.2f} GiB',self.phases

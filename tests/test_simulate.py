@@ -102,7 +102,7 @@ def dist_is_there():
     return dist.is_initialized()
 
 def test_who_made_it():
-    "What is there at the worst moment, by module, is all but what was loaded; an MLP of four times the width makes four times"
+    "What is there at the worst moment, by module, is all but what was loaded; a wider MLP makes more"
     found = simulate(config(), 'full', length=128, batch=2, loss='plain')
     loaded = sum(e.size for e in found.events if e.n > 0 and e.phase == 'load' and e.n in found.kinds)
     assert abs(sum(found.modules.values()) + loaded - sum(found.at_peak.values())) < 20_000
