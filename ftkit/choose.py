@@ -142,7 +142,7 @@ ADAPTERS = dict( # what speaks for it, and what against it
           [('learns less, and forgets less', _N(39))]),
     qlora=([('where memory is what lacks', _G(538))],
            [('a little is lost to rounding', _M(132)), ('slower, as weights are unpacked', _M(171))]))
-_OTHERS = dict(full=('lora', 'upcast', 'double_quant'), lora=('upcast', 'double_quant'), qlora=()) # for other methods
+_OTHERS = dict(full=('lora', 'upcast', 'double_quant', 'reference'), lora=('upcast', 'double_quant'), qlora=())
 
 def choose_adapter(model,        # as in `ftkit.memory.read_config`
                    gpu='t4',     # as in `ftkit.memory.fits`
@@ -152,6 +152,7 @@ def choose_adapter(model,        # as in `ftkit.memory.read_config`
     "Full fine-tuning, LoRA or QLoRA, by what fits"
     if priority not in [*PRIORITIES]: raise FtkitError(
         f"priority '{priority}' is unknown: use quality, speed or memory")
+    if 'method' in settings: raise FtkitError(f"method={settings['method']}: it is what is chosen")
     out,last = [],None
     for k,method in enumerate(PRIORITIES[priority]):
         reasons,warnings = map(list, ADAPTERS[method])
@@ -279,8 +280,9 @@ def claims(): # list of `Claim`
             _rl('n032', 'GRPO, 7-8B', '80 GB and 80 GB', eight, 'a100'),
             _rl('n033', 'GRPO, 13-14B', '1 or 2 x 80 GB each', fourteen, 'a100'),
             _rl('n034', 'GRPO, 30-72B', '2 to 4 x 80 GB each', seventy, 'a100', 4),
-            Claim('n035', 'GPUs for GRPO', 'at least 2', alone, 'one is enough' if one else 'holds'),
-            Claim('n036', 'GRPO on one GPU of 24 GB', 'up to about 3B', alone, 'holds' if one else 'too little'),
+            Claim('n035', 'GPUs for GRPO', 'at least 2', alone, 'one may do' if one else 'holds'),
+            Claim('n036', 'GRPO on one GPU of 24 GB', 'up to about 3B', alone,
+                  dict(fits='holds', tight='tight').get(one.verdict, 'too little')),
             _several('n037', 'several GPUs, full', 'from 7B', seven, 'full', *full),
             _several('n038', 'several GPUs, LoRA', 'from 30B', thirty, 'lora', {}, dict(length=8192, batch=2)),
             _several('n039', 'several GPUs, LoRA', 'from 13B', fourteen, 'lora', {}, dict(length=32768, batch=2)),

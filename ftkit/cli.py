@@ -145,7 +145,9 @@ def _needs(config, s, trace):
     from ftkit.simulate import simulate
     try:
         if not trace: return estimate(config, **s)
-    except NotCounted as e: print(f'traced, as it is not counted by formula: {e}')
+    except NotCounted as e:
+        if s['gpus'] > 1 and s['sharding'].startswith('zero'): raise # of which there is no trace
+        print(f'traced, as it is not counted by formula: {e}')
     return simulate(config, **s)
 
 def _model_config(model):
@@ -160,7 +162,8 @@ def _set(method, r, targets, autocast, checkpointing, **said):
     said = {name: value for name,value in said.items() if value is not None}
     if autocast: said['autocast'] = None if autocast == 'none' else autocast
     if checkpointing: said['checkpointing'] = True
-    lora = dict(r=r) | (dict(target_modules=targets.split(',')) if targets else {})
+    if targets and method == 'full': raise FtkitError(f'--targets {targets}: full fine-tuning has no adapter')
+    lora = dict(r=r) | (dict(target_modules=[t.strip() for t in targets.split(',')]) if targets else {})
     return dict(method=method) | said | (dict(lora=lora) if method != 'full' else {})
 
 def _to_change(config, gpu, said):
@@ -211,7 +214,7 @@ def _facts(words, known):
     found = {}
     for word in words.split(',') if words else ():
         name,_,value = word.strip().partition('=')
-        if value and not value.isdigit(): raise FtkitError(f'{word}: {value} is no number')
+        if value and not value.isdecimal(): raise FtkitError(f'{word}: {value} is no number')
         found[name.removeprefix('no-')] = int(value) if value else not name.startswith('no-')
     if odd := [n for n in found if n not in known]: raise FtkitError(
         f"{', '.join(odd)}: no fact; what can be said is\n" + '\n'.join(f'  {n}: {text}' for n,text in known.items()))

@@ -39,10 +39,10 @@ class Net:
     head_cap: bool = False # of logits
     chosen: int = 0    # experts of a token
     share: int = 4     # bytes of what an expert's result is multiplied by
-    double: bool = True # of four bits: are scales quantised?
     cos: object = None # of rotary embeddings
     sin: object = None
     mask: object = None
+    entropy: bool = False # is that of each token wanted?
 
 # %% ../nbs/05_layers.ipynb #b32c24d9
 def norm(x,            # `Value`
@@ -312,6 +312,7 @@ def _frozen_head(x, head, n, net):
             logits = _chunk(bare, head, m, net)
             if net.head_cap: bend = each(each(each(logits)))
             last = logits # the one before is gone only now
+            if net.entropy: each(logits)
             if node: cast(each(each(logits)) if net.head_cap else logits, head.width).new((m, shape[1]))
     del last,logits,bare,bend
     def back(grad):
@@ -356,8 +357,8 @@ class Unit:
         size = lambda some, width: sum(-(-w.shape[0]//gpus)*gpus*prod(w.shape[1:])*(width or w.width) for w in some)
         trained = [w for w in weights if w.node]
         self.size,self.sums,self.share = size(weights, None), size(trained, None), size(trained, own)//gpus
-        fewer = own and len(trained) == len(weights) and any(w.width != own for w in weights)
-        self.small = self.size//gpus if fewer else 0 # this GPU's part in fewer bits
+        self.fewer = bool(own) and len(trained) == len(weights) and any(w.width != own for w in weights)
+        self.small = self.size//gpus if self.fewer else 0 # this GPU's part in fewer bits
         self.leaves,self.whole = [w.node for w in trained],None
 
     def block(self, size, kind='gathered'):
@@ -378,14 +379,17 @@ class Unit:
         del asked
         if self.before: t.asked[self.before] = self.before.block(self.before.size)
 
-    def scatter(self):
-        "Let go of it; its gradients are summed up, and this GPU's part is kept"
+    def scatter(self, last=False):
+        "Let go of it, sum its gradients up, and keep this GPU's part; the last ones are held until it is there"
         t,self.whole = self.tape,None
         if not self.leaves: return
         t.sums = None
         t.sums = self.block(self.sums, 'backward')
-        for leaf in self.leaves: t.grads.pop(leaf, None)
+        half = self.block(self.sums//self.gpus if self.fewer else 0, 'backward')
+        whole = [t.grads.pop(leaf, None) for leaf in self.leaves]
+        if not last: whole.clear()
         t.grads[self] = self.block(self.share, 'gradients')
+        del half,whole
 
 # %% ../nbs/05_layers.ipynb #4308bb43
 def entered(x,   # `Value`

@@ -90,7 +90,10 @@ def _scored(hidden, layer, targets, scale, softcap, smoothing, entropy):
     return logps, entropies, logits.argmax(-1) == targets
 
 # %% ../nbs/30_logps.ipynb #e6146eca
-def _is_shared(layer): return type(layer).__name__ == 'FSDPLinear'
+def _is_shared(layer):
+    "A plain linear layer of FSDP2, which has a class of its own; one with an adapter is another"
+    from torch.nn import Linear
+    return type(layer).__name__.startswith('FSDP') and Linear in type(layer).__bases__
 
 def _logits(hidden, layer):
     "Of FSDP2 the weights are there, and its hooks have run: a second time they would let go of them too early"

@@ -76,6 +76,9 @@ def read_config(config # a dictionary, a folder with `config.json`, or a config 
     _whole(c, *needed, *(n for n in ('num_key_value_heads', 'head_dim', 'sliding_window') if c.get(n) is not None))
     if c['num_attention_heads'] % (c.get('num_key_value_heads') or 1): raise FtkitError(
         f"{c['num_attention_heads']} heads cannot share {c['num_key_value_heads']} of keys and values")
+    last = c.get('max_window_layers', 0)
+    if c.get('use_sliding_window') and type(last) is not int: raise FtkitError(
+        f'max_window_layers={last} of this config: no whole number')
     if not isinstance(c.get('layer_types') or [], list): raise FtkitError(f"layer_types={c['layer_types']}: no list")
     return c
 
@@ -261,33 +264,55 @@ def _laid(trees, each, prompt, answer, hidden):
 # %% ../nbs/06_memory.ipynb #30774de4
 def _sampled(c, s):
     "What the cache of all answers takes, and what it takes to make one layer's longer"
-    heads,layers = c['num_attention_heads'],c['num_hidden_layers']
+    heads,layers,n = c['num_attention_heads'],c['num_hidden_layers'],s['answers'] or s['batch']
     kv,wide = c.get('num_key_value_heads') or heads,c.get('head_dim') or c['hidden_size']//heads
-    one = (s['answers'] or s['batch'])*s['length']*kv*wide*WIDTHS[s['autocast'] or s['dtype']]
-    found = dict(activations=(2*layers + 1 + (2*heads//kv if s['attention'] == 'efficient' else 0))*one)
-    return found | (dict(gathered=_most_gathered(c, s)) if _is_split(s) else {})
+    width,low = _cache_width(c, s),WIDTHS[s['autocast'] or s['dtype']]
+    tokens,short = s['length'],min(c.get('sliding_window') or s['length'], s['length'])
+    seen = _looking(c, tokens)
+    cache = 2*n*kv*wide*width*((layers - seen)*tokens + seen*short)
+    one = n*kv*wide*(tokens if seen < layers else short)
+    shown = s['attention'] == 'sdpa' and width == 4 and not s['autocast'] # no kernel takes shared keys in 32 bits
+    repeats = (3*width//low if shown else 2)*heads//kv if heads != kv and (
+        shown or s['attention'] in ('efficient', 'eager')) else 0
+    copies = 2*one*low if width > low else 0 # in fewer bits
+    around = _most_gathered(c, s) if _is_split(s) else 0
+    more = max(one*width, repeats*one*low + copies, n*c['vocab_size']*low, around)
+    return dict(activations=cache + more - around + _lowered(c, s), gathered=around)
+
+# %% ../nbs/06_memory.ipynb #6e29d874
+def _lowered(c, s):
+    "Copies in fewer bits that autocast keeps of weights that are trained"
+    if s['method'] != 'full' or not s['autocast'] or s['dtype'] != 'fp32' or _is_split(s): return 0
+    return 2*(c['vocab_size']*c['hidden_size'] + sum(p.size for p in parts(c) if p.linear))
+
+def _cache_width(c, s):
+    "Bytes of a number of keys, which rotary embeddings of 32 bits widen, and so of values beside them"
+    low,table = WIDTHS[s['autocast'] or s['dtype']],4 if s['upcast'] else WIDTHS[s['dtype']]
+    return low if s['autocast'] and _is_split(s) or c['model_type'] == 'olmo2' else max(low, table)
 
 def _most_gathered(c, s):
     "The head, and beside it the table or a layer as they come; no gradient comes back to let go of the head"
     four = s['method'] == 'qlora'
     table,layer = c['vocab_size']*c['hidden_size'],sum(p.size for p in _layer(c, FAMILIES[c['model_type']])
                                                        if not (four and p.linear))
-    return WIDTHS[s['autocast'] or s['dtype']]*(table + max(table*(1 if _tied(c) else 2), 3*layer))
+    width = 4 if s['upcast'] and not s['autocast'] else WIDTHS[s['autocast'] or s['dtype']]
+    return width*(table + max(table*(1 if _tied(c) else 2), 3*layer))
 
 # %% ../nbs/06_memory.ipynb #aa180ed0
 def _net(c, s, batch, length, windowed):
     "A model and its batch, as far as the layers go"
     family,heads,kind = FAMILIES[c['model_type']],c['num_attention_heads'],c['model_type']
     wide = c.get('head_dim') or c['hidden_size']//heads
+    kept_in = s['autocast'] if s['autocast'] and _is_split(s) else s['dtype'] # by FSDP's mixed precision
     return Net(heads, c.get('num_key_value_heads') or heads, wide, batch, length, s['attention'],
-               width=WIDTHS[s['dtype']], half=s['dtype'] == 'fp16', double=s['double_quant'],
+               width=WIDTHS[kept_in], half=kept_in == 'fp16', entropy=s['objective'] in RL,
                masked=s['attention'] in ('sdpa', 'efficient') and (windowed or s['objective'] != 'sft'),
                style=family.get('style', 'llama'), norms=family.get('order', 'before'),
                normed=family.get('normed', ''), fused=family.get('fused', False), scaled=family.get('scaled', False),
                cap=bool(kind == 'gemma2' and c.get('attn_logit_softcapping')),
                head_cap=bool(family.get('order') == 'both' and c.get('final_logit_softcapping')),
                chosen=c.get('num_experts_per_tok') if 'experts' in family else 0,
-               share=WIDTHS[s['dtype']] if kind == 'qwen3_moe' else 4)
+               share=WIDTHS[kept_in] if kind == 'qwen3_moe' else 4)
 
 def _weights(tape, c, lora, width, other, full, four, wide):
     "The weights of one layer by their names"
@@ -309,7 +334,7 @@ def _unit(tape, s, weights, before, stays=False):
 def _passed(s):
     "Does something go through the model ahead of the step?"
     own = s['method'] != 'full' and s['reference'] in (None, 'adapter')
-    return s['objective'] in RL or s['objective'] in KINDS and own
+    return s['objective'] in ('kto', *RL) or s['objective'] in KINDS and own
 
 def _gathered(layer, c):
     "The weights of a layer that are: all but those in four bits, which each GPU has"
@@ -353,7 +378,9 @@ def _through(tape, c, s, layers, windowed):
     gain,tied = weight(tape, hidden, width=other, trained=full),head is table
     last = _unit(tape, s, [gain] if scored else [gain, head], None, True)
     first = last if tied else _unit(tape, s, [table], None)
-    if last and not tied and _passed(s): last.gather() # and nothing let go of it
+    if last and not tied and _passed(s):
+        last.gather() # and nothing let go of it
+        first.before = last # which is asked for ahead of time, as it came last in that pass
     if first: tape.piece = first.gather()
     unit = first if not tied else None
     x = left(_embedded(tape, c, net, table, full, s['checkpointing']), unit)
@@ -386,7 +413,7 @@ def _peaks(c, s, layers, windowed):
     loss,late = _through(tape, c, s, layers, windowed)
     tape.casts,tape.piece,tape.kind,tape.phase = {},None,'backward','backward'
     backward(loss[0])
-    if late and late.leaves: late.scatter() # of the table of tokens
+    if late and late.leaves: late.scatter(last=True) # of the table of tokens
     return {phase: kinds for phase,(_,kinds) in tape.peaks.items()}
 
 def _all_layers(c, s, windowed):
@@ -408,8 +435,10 @@ def _sum(two, more, n): return {
 # %% ../nbs/06_memory.ipynb #15afdf96
 def _windows(c, s):
     "How many layers look through a window that is shorter than the row"
+    return _looking(c, _rows(s['objective'], s['batch'], s['length'], s['attention'], c['hidden_size'])[1])
+
+def _looking(c, length):
     window,which = c.get('sliding_window'),FAMILIES[c['model_type']].get('windows')
-    length = _rows(s['objective'], s['batch'], s['length'], s['attention'], c['hidden_size'])[1]
     n = c['num_hidden_layers']
     if c.get('use_sliding_window') is False or not window or length <= window: return 0
     if kinds := c.get('layer_types'): return sum(k == 'sliding_attention' for k in kinds[:n])
@@ -454,8 +483,6 @@ class Estimate:
         "What the allocator takes for it, about"
         return int(MARGIN*self.allocated)
 
-    total = allocated
-
     def __repr__(self):
         some = ', '.join(f'{k} {v/2**30:.2f}' for k,v in self.at_peak.items() if v > .005*2**30)
         return f'{self.allocated/2**30:.2f} GiB, the most in {self.peak}: {some}'
@@ -472,14 +499,20 @@ def _asked(s):
         if s[name] not in [*values]: raise FtkitError(
             f"{name} '{s[name]}' is unknown: use one of {', '.join(map(str, values))}")
     numbers = length,batch,gpus,workspace = [s[n] for n in ('length', 'batch', 'gpus', 'workspace')]
-    whole = all(type(n) is int for n in (*numbers, 1 if s['answers'] is None else s['answers']))
+    answers = 1 if s['answers'] is None else s['answers']
+    whole = all(type(n) is int for n in (*numbers, answers)) and answers > 0
     if s['answers'] is not None and s['objective'] not in RL: raise FtkitError(f"{s['objective']} samples no answers")
     if not whole or length < 2 or min(batch, gpus) < 1 or workspace < 0: raise FtkitError(
         f'length={length}, batch={batch}, gpus={gpus}, workspace={workspace}: must be whole numbers, large enough')
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise NotCounted(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
-    if _is_split(s) and s['optim'] in ('adafactor', *EIGHT): raise FtkitError(
+    if _is_split(s) and s['sharding'] == 'fsdp' and s['optim'] in ('adafactor', *EIGHT): raise FtkitError(
         f"optim '{s['optim']}': FSDP2 has AdamW and SGD of PyTorch only")
+    if _is_split(s) and s['method'] == 'full' and s['autocast'] and s['dtype'] != 'fp32': raise FtkitError(
+        "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
+    if s['reference'] == 'precomputed' and s['objective'] in RL: raise FtkitError(
+        f"{s['objective']} asks its reference about new answers: reference='adapter' or 'copy'")
+    if _is_split(s) and s['objective'] == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
     if s['upcast'] and s['method'] != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
     if not isinstance(s['lora'] or {}, dict): raise FtkitError(f"lora={s['lora']}: must be a dictionary")
     if s['lora'] and s['method'] == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
@@ -488,7 +521,7 @@ def _asked(s):
 def _lora(lora):
     "Options of `peft.LoraConfig` as those of `adapter_parts`"
     names = dict(r='r', target_modules='targets')
-    odd = sorted(k for k,v in lora.items() if v and k not in (*names, 'lora_alpha', 'use_rslora'))
+    odd = sorted(str(k) for k,v in lora.items() if v and k not in (*names, 'lora_alpha', 'use_rslora'))
     if odd: raise NotCounted(f"{', '.join(odd)} of an adapter: not counted by formula; simulate traces it")
     return {names[k]: v for k,v in lora.items() if k in names}
 
@@ -525,14 +558,18 @@ def _stays(s, found, trained, width):
     part = _share(trained, n) if n > 1 and how != 'ddp' else trained
     count = lambda some: width*sum(p.size for p in some)
     adapter = 0 if s['method'] == 'full' else count(part if how in UNITS else trained)
+    step = _step_bytes(part, s['optim'], width)
     stays = dict(weights=weight_bytes(mine, s['dtype'], four, s['double_quant'], s['upcast']), adapter=adapter,
                  states=state_bytes(part, s['optim'], width), workspace=s['workspace'], gradients=0,
                  reference=weight_bytes(_share(found, n) if how in UNITS else found, s['dtype']) if _copies(s) else 0)
     if n > 1 and how == 'ddp': stays['gradients'] = count(trained)
     if _is_split(s) and _copies(s): stays['gathered'] = found[0].size*WIDTHS[s['autocast'] or s['dtype']] # its head
-    if n > 1 and how in ZEROS: stays |= dict(gradients=min(2*BUCKET, count(trained)), states=state_bytes(
-        part, s['optim'], 4) + (4*sum(p.size for p in part) if width < 4 else 0))
-    return stays, count(part if how in ('zero2', *UNITS) else trained), _step_bytes(part, s['optim'], width)
+    if n > 1 and how in ZEROS: # a flat part, with its weights in 32 bits, whatever they have otherwise
+        flat = [Part('flat', (_up(sum(p.size for p in trained), n),))]
+        states = state_bytes(flat, s['optim'], 4) + 4*flat[0].size
+        stays |= dict(gradients=min(width*BUCKET, count(trained)), states=states)
+        step = _step_bytes(flat, s['optim'], 4) + (4*flat[0].size if how != 'zero3' else 0) # its gradient in 32 bits
+    return stays, count(part if how in ('zero2', *UNITS) else trained), step
 
 def _added(s, stays, grads, kinds):
     "What is there in a part of the step, and what is there all the time"
@@ -599,7 +636,8 @@ def how(setting # of an `Estimate` or a `Simulation`
              *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
              f"{s['batch']} x {s['length']:,} tokens", f"{s['dtype']} weights",
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
-             'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim']]
+             'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim'],
+             *([f"reference: {s['reference']}"] if s['reference'] else []), *(['upcast'] if s['upcast'] else [])]
     return ', '.join(words)
 
 # %% ../nbs/06_memory.ipynb #538ee750
@@ -617,8 +655,9 @@ def serving(model,       # as in `read_config`
         f'tokens={tokens}, gpus={gpus}: must be whole numbers, at least 1')
     heads,layers = c['num_attention_heads'],c['num_hidden_layers']
     kv,wide = c.get('num_key_value_heads') or heads,c.get('head_dim') or c['hidden_size']//heads
-    cache = 2*layers*tokens*kv*wide*WIDTHS.get(dtype, 0)
-    return dict(weights=weight_bytes(found, dtype)//gpus, cache=cache//gpus, engine=ENGINE)
+    weights = weight_bytes(found, dtype)//gpus
+    cache = 2*layers*tokens*kv*wide*WIDTHS[dtype]//min(gpus, kv) # a head is on one of them at least
+    return dict(weights=weights, cache=cache, engine=ENGINE)
 
 def colocated(needs,       # `Estimate` of an objective of RL
               engine,      # of `serving`
@@ -627,7 +666,7 @@ def colocated(needs,       # `Estimate` of an objective of RL
     "The same step with an engine on the same GPU"
     if needs.setting['objective'] not in RL: raise FtkitError(f"{needs.setting['objective']} samples no answers")
     extra = sum(engine.values())
-    stays = {k: needs.at_peak.get(k, 0) for k in ('weights', 'adapter', 'states', 'reference', 'workspace')}
+    stays = {k: n for k,n in needs.phases['sampling'].items() if k not in ('activations', 'gathered')}
     phases = {phase: kinds | (dict(engine=0 if sleeps else extra)) for phase,kinds in needs.phases.items()}
     return replace(needs, phases=phases | dict(sampling=stays | dict(engine=extra)))
 
@@ -767,7 +806,7 @@ def corrected(needs,   # `Estimate`
               measured # bytes that a step had in use: `torch.cuda.max_memory_allocated`
              ):        # `Estimate`
     "What is not there all the time, as much more or less as one step has shown"
-    stays = {'weights', 'adapter', 'states', 'reference', 'workspace', 'engine'}
+    stays = {'weights', 'adapter', 'states', 'gradients', 'reference', 'workspace', 'engine'}
     fixed = sum(n for k,n in needs.at_peak.items() if k in stays)
     if type(measured) is not int or measured < fixed: raise FtkitError(
         f'measured={measured}: less than what is there all the time, {fixed:,} bytes: was it a step of this model?')

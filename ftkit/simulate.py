@@ -463,7 +463,7 @@ def _group(net, length, batch, attention):
                                        sampled=torch.zeros(n))
 
 def _sample(net, length, n):
-    "Read a prompt, and draw the last token of so many answers to it"
+    "Read a prompt, and the last token but one of so many answers to it"
     import torch
     some = [layer for layer in net.modules() if hasattr(layer, 'gradient_checkpointing')]
     read = torch.zeros(1, length//2, dtype=torch.long)
@@ -472,7 +472,8 @@ def _sample(net, length, n):
         cache = net(input_ids=read, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(n)
         for k,layer in enumerate(cache.layers):
-            keys,values = (x[:, :, :1].expand(-1, -1, length-length//2-1, -1) for x in (layer.keys, layer.values))
+            more = min(length-length//2-1, getattr(layer, 'sliding_window', None) or length) # a window keeps no more
+            keys,values = (x[:, :, :1].expand(-1, -1, more, -1) for x in (layer.keys, layer.values))
             cache.update(keys, values, k)
         del layer,keys,values
         at = torch.full((n, 1), length-1)
@@ -613,10 +614,17 @@ def _place(m, net, mesh, asked):
         small = [t for t in made if not isinstance(t, torch.nn.Parameter)]
         for t in (*net.parameters(), *small): m.add(_mine(t))
     if asked['gpus'] == 1 or mesh is not None: return
-    left = sum(p.numel()*p.element_size() for p in net.parameters() if p.requires_grad)
-    while left > 0:
-        m.kinds[m.new(min(left, 25*MiB), 'a bucket')] = 'gradients'
-        left -= 25*MiB
+    sizes = _buckets([p for p in net.parameters() if p.requires_grad])
+    m.kinds |= {m.new(size, 'a bucket'): 'gradients' for size in sizes}
+
+# %% ../nbs/45_simulate.ipynb #56087c09
+def _buckets(params, first=MiB, most=25*MiB):
+    "Bytes of DDP's: whole weights, the last ones first, until there is enough"
+    full,out = 0,[]
+    for p in [*params][::-1]:
+        full += p.numel()*p.element_size()
+        if full >= (most if out else first): full,_ = 0,out.append(full)
+    return out + [full]*(full > 0)
 
 # %% ../nbs/45_simulate.ipynb #cc658ecd
 RL = 'grpo', 'ppo'
@@ -675,7 +683,7 @@ class Simulation:
     def kind(self, e):
         "What an allocation is for"
         if e.n in self.kinds: return self.kinds[e.n]
-        if e.op == 'gathered' or e.op.startswith('fsdp'): return 'gathered'
+        if e.op == 'gathered': return 'gathered'
         if e.phase in ('forward', 'backward') and e.shape[-1:] == (self.vocab,): return 'logits'
         return dict(backward='backward', load='other weights', optimizer='optimizer step', clip='optimizer step').get(
             e.phase, 'activations')
@@ -782,7 +790,7 @@ def _fake(x, m):
 def _traced(config):
     "What PyTorch cannot trace is named"
     try: yield
-    except (RuntimeError, NotImplementedError) as e: raise FtkitError(
+    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as e: raise FtkitError(
         f'a {config.model_type} of this size cannot be traced: {e}'.split(chr(10))[0]) from e
 
 def _rows(objective, net, length, batch, attention):
@@ -811,9 +819,15 @@ def _check(length, batch, workspace, objective, method, upcast, lora, gpus, answ
     _asked(known, **{name: setting[name] for name in known})
     _asked(dict(method=METHODS, objective=OBJECTIVES), method=method, objective=objective)
     if answers is not None and objective not in RL: raise FtkitError(f'answers={answers}: {objective} samples none')
+    if setting['reference'] == 'precomputed' and objective in RL: raise FtkitError(
+        f"{objective} asks its reference about new answers: reference='adapter' or 'copy'")
+    split = type(gpus) is int and gpus > 1 and setting['sharding'] == 'fsdp'
+    if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
+        "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
+    if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
     whole = all(type(n) is int for n in (length, batch, workspace, gpus, 1 if answers is None else answers))
-    if not whole or workspace < 0 or gpus < 1: raise FtkitError(
-        f'length={length}, batch={batch}, workspace={workspace}, gpus={gpus}: must be whole numbers')
+    if not whole or workspace < 0 or not 0 < gpus < 2**16 or answers is not None and answers < 1: raise FtkitError(
+        f'length={length}, batch={batch}, answers={answers}, gpus={gpus}, workspace={workspace}: must be whole numbers')
     if min(length - (objective != 'sft'), batch) < 1: raise FtkitError(f'length={length}, batch={batch}: too small')
     if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
     if lora and method == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")

@@ -111,6 +111,8 @@ def _trainer(objective, loss, reference, *args, **kwargs):
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             self.shape = _shape(inputs)
+            if type(model).__name__.startswith('FSDP'): raise FtkitError(
+                "FSDP: our loss has not been shown to be right there: train on one GPU, by DDP, or with engine='trl'")
             with self.accelerator.autocast():
                 self.head = self.head or self.measured(self.accelerator.unwrap_model(model))
                 if self.reference: self.reference.fill(inputs)

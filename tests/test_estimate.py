@@ -34,7 +34,7 @@ def test_as_the_trace_on_five_hundred_settings():
     size = sorted(map(abs, errors))
     assert size[len(size)//2] < .001 and size[int(.95*len(size))] < .015 and size[-1] < .04
     assert abs(sum(errors)/len(errors)) < .003
-    assert sorted(times)[int(.98*len(times))] < .01 # a busy machine may lose some
+    assert sorted(times)[len(times)//2] < .01 and sorted(times)[int(.98*len(times))] < .05 # beside other work, too
 
 def test_the_recorded_rows_are_not_stale():
     "A few of them, traced again"
@@ -78,7 +78,18 @@ FEW = [dict(gpus=8, method='full', dtype='fp32', autocast='bf16', checkpointing=
        dict(gpus=3, method='full', sharding='ddp'), dict(gpus=2, sharding='ddp', checkpointing=True),
        dict(objective='grpo', method='full', reference='copy'), dict(objective='ppo', reference='adapter'),
        dict(objective='grpo', batch=5, checkpointing=True, answers=40), dict(objective='grpo', attention='flash'),
-       dict(objective='grpo', gpus=4, method='qlora', checkpointing=True, autocast='bf16')]
+       dict(objective='grpo', gpus=4, method='qlora', checkpointing=True, autocast='bf16'),
+       dict(objective='grpo', method='full', dtype='fp32', autocast='bf16', answers=64, checkpointing=True),
+       dict(objective='grpo', attention='eager', answers=64), dict(objective='grpo', answers=999, length=60),
+       dict(objective='kto', gpus=8, reference='precomputed'), dict(objective='grpo', gpus=4, method='full'),
+       dict(objective='reward', gpus=2, method='full', dtype='fp32', autocast='bf16', optim='sgd')]
+
+def test_a_cache_of_windows():
+    "Keeps no more than they show"
+    from transformers import AutoConfig
+    config = AutoConfig.for_model('mistral', **{k: v for k,v in LLAMA.items() if k != 'model_type'}, sliding_window=64)
+    s = dict(objective='grpo', length=1024, answers=64, checkpointing=True)
+    assert abs(estimate(config, **s).allocated/peaks(config, **s) - 1) < .02
 
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('s', FEW, ids=lambda s: ' '.join(map(str, s.values())))
@@ -263,6 +274,10 @@ def test_the_largest_that_fits():
     (dict(method='full', objective='dpo', reference='adapter'), 'none to switch off'),
     (dict(optim='lion'), "optim 'lion'"), (dict(gpus=0), 'gpus=0'), (dict(sharding='mics'), "sharding 'mics'"),
     (dict(gpus=2, optim='adafactor'), 'FSDP2 has AdamW'), (dict(answers=4), 'samples no answers'),
+    (dict(objective='grpo', answers=0), 'whole numbers'),
+    (dict(objective='grpo', reference='precomputed'), 'new answers'),
+    (dict(gpus=2, method='full', autocast='bf16'), 'in 32 bits'),
+    (dict(objective='ppo', gpus=2), 'critic is not shared'),
     (dict(objective='grpo', answers=1.5), 'must be whole numbers'), (dict(objective='orpo', answers=2), 'samples no'),
     (dict(attention='xformers'), "attention 'xformers'"), (dict(workspace=-1), 'workspace=-1')])
 def test_what_is_refused(wrong, text):

@@ -122,6 +122,13 @@ def test_the_instants_of_rl():
     assert plain.phases['forward'] == many.phases['forward']
     with pytest.raises(FtkitError, match='samples none'): simulate(config(), answers=4)
 
+def test_buckets_of_ddp():
+    "As torch assigns them"
+    import torch.distributed as dist
+    params = [torch.nn.Parameter(torch.empty(n, 1024)) for n in (3000, 5, 900, 7000, 100, 6400, 256, 40)]
+    theirs,_ = dist._compute_bucket_assignment_by_size(params[::-1], [MiB, 25*MiB])
+    assert S._buckets(params) == [sum(params[::-1][k].numel()*4 for k in some) for some in theirs]
+
 def test_peft_leaves_fsdp2_without_units():
     "The wrap policy that transformers takes from PEFT is none that accelerate knows: layers would be no units"
     from types import SimpleNamespace

@@ -4,7 +4,7 @@ import pytest, torch
 from ftkit.core import FtkitError
 from ftkit.objectives import OBJECTIVES
 from ftkit.train import last_checkpoint, read_log, train
-from test_objectives import ANSWERED, pairs, run
+from test_objectives import ANSWERED, data_for, pairs, run, start
 
 def poisoned(objective, at=3):
     "The objective, whose loss is not a number in the third training batch"
@@ -152,3 +152,17 @@ def test_what_a_run_takes_on_the_disk(tmp_path, adapter):
                                  or f.suffix == '.safetensors')
     there = size(next(found.path.glob('checkpoint-*')))
     assert 0 <= there - said['checkpoints'] < 60_000 and 0 <= size(found.adapter) - said['result'] < 10_000
+
+def test_fsdp_is_refused(tmp_path):
+    "Our loss has not been shown to be right there"
+    model,tok = start('sft')
+    model.__class__ = type(f'FSDP{type(model).__name__}', (type(model),), {}) # as fully_shard does
+    with pytest.raises(FtkitError, match='FSDP'): train(model, tok, data_for('sft'), 'sft', tmp_path/'run', max_steps=1)
+
+def test_a_plain_head_of_fsdp():
+    "Is one; a head with an adapter, whose class is called the same, is not"
+    from peft.tuners.lora import Linear
+    from ftkit.logps import _is_shared
+    swapped = lambda kind: object.__new__(type('FSDPLinear', (kind,), {}))
+    assert _is_shared(swapped(torch.nn.Linear)) and not _is_shared(swapped(Linear))
+    assert not _is_shared(torch.nn.Linear(2, 2))
