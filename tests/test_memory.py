@@ -99,7 +99,7 @@ def test_the_guides_numbers():
 @pytest.mark.parametrize('broken,says', [
     (dict(model_type='mamba2'), "family 'mamba2'"), (dict(num_attention_heads=None), 'num_attention_heads'),
     (dict(vocab_size=-5), 'vocab_size'), (dict(hidden_size='wide'), 'hidden_size'),
-    (dict(model_type=None), "family 'None'"), (dict(model_type='mixtral'), 'number of experts'),
+    (dict(model_type=None), "family 'None'"), (dict(model_type='mixtral'), 'num_local_experts'),
     (dict(num_key_value_heads=-2), 'num_key_value_heads'), (dict(num_key_value_heads='2'), 'num_key_value_heads'),
     (dict(model_type='gemma2', head_dim=None), 'without head_dim'),
     (dict(vision_config=dict(layers=3)), 'more than text'),
