@@ -800,6 +800,12 @@ def _rows(objective, net, length, batch, attention):
     if objective in RL: return _group(net, length, batch, attention)
     return _answers(objective, net, length, batch, attention)
 
+# %% ../nbs/45_simulate.ipynb #7c974f61
+def _loss_of(s, net, critic, how):
+    "The loss of an objective"
+    if s['objective'] in RL: return _policy(s['objective'], critic, how)
+    return LOSSES[s['loss']] if s['objective'] == 'sft' else _preference(s['objective'], net)
+
 def _preference(objective, net):
     "The loss of a batch of answers"
     from ftkit.objectives import OBJECTIVES
@@ -871,9 +877,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
         if copy: m.name(copy.parameters(), 'reference')
         critic = _critic(net, trained) if objective == 'ppo' else None
         optimizer,made = _optimizer(optim, trained, net, m),_fake(rows, m)
-        ahead = _ahead(setting, net, copy, how, critic)
-        loss_of = _policy(objective, critic, how) if objective in RL else \
-            LOSSES[loss] if objective == 'sft' else _preference(objective, net)
+        ahead,loss_of = _ahead(setting, net, copy, how, critic),_loss_of(setting, net, critic, how)
         with m, _named(m, net):
             for _ in range(2): _step(m, net, optimizer, loss_of, made, cast, clip, ahead)
         events = [*m.events]

@@ -93,37 +93,40 @@ def _tokens(inputs):
     mask = inputs['tree'] >= 0 if 'tree' in inputs else inputs.get('attention_mask')
     return mask.sum() if mask is not None and mask.dim() == 2 else inputs['input_ids'].numel()
 
+def _no_fsdp(model):
+    if type(model).__name__.startswith('FSDP'): raise FtkitError(
+        "FSDP: our loss has not been shown to be right there: train on one GPU, by DDP, or with engine='trl'")
+
 def _shape(inputs):
     "(rows, tokens of a row) of a batch"
     if 'input_ids' in inputs: return tuple(inputs['input_ids'].shape)
     return next((found for v in inputs.values() if isinstance(v, dict) and (found := _shape(v))), None)
 
+# %% ../nbs/40_train.ipynb #42a02695
 def _trainer(objective, loss, reference, *args, **kwargs):
     "A `Trainer` of an objective's loss"
     from transformers import Trainer
 
     class ObjectiveTrainer(_Sums, Trainer):
         def __init__(self, *args, **kwargs):
-            self.head,self.reference,self.tokens,self.sums = None,reference,0,dict(train={}, eval={})
-            self.shape = None # of the batch that goes through the model
+            self.head,self.reference,self.tokens,self.sums,self.shape = None,reference,0,dict(train={}, eval={}),None
             super().__init__(*args, **kwargs)
             if reference and reference.how == 'copy': reference.model.to(self.args.device)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            self.shape = _shape(inputs)
-            if type(model).__name__.startswith('FSDP'): raise FtkitError(
-                "FSDP: our loss has not been shown to be right there: train on one GPU, by DDP, or with engine='trl'")
+            self.shape = _no_fsdp(model) or _shape(inputs)
             with self.accelerator.autocast():
                 self.head = self.head or self.measured(self.accelerator.unwrap_model(model))
                 if self.reference: self.reference.fill(inputs)
                 found = loss(model, self.head, inputs)
             if model.training: _finite(found.losses, inputs, self.args, self.state.global_step)
-            total,several = found.losses.sum(),num_items_in_batch is not None
+            total = found.losses.sum()
             self.add('train' if model.training else 'eval', found.metrics | dict(loss=(total, found.count)))
             self.tokens += _tokens(inputs) if model.training else 0
-            n = num_items_in_batch if several else found.count
+            n = found.count if num_items_in_batch is None else num_items_in_batch
             mean = total / (n + (n == 0)) # nothing to train costs nothing
-            if several and self.args.average_tokens_across_devices: mean = mean*self.accelerator.num_processes
+            several = num_items_in_batch is not None and self.args.average_tokens_across_devices
+            if several: mean = mean*self.accelerator.num_processes
             return (mean, {}) if return_outputs else mean
 
         def prediction_step(self, model, inputs, *args, **kwargs):
