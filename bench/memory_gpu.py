@@ -154,13 +154,24 @@ def measure(shape, method, objective, length, batch, checkpointing, optim, engin
     if method == 'qlora': model = quantise(model)
     if method != 'full': model = adapted(model, objective)
     fresh()
+    ahead = predicted(model.config, method, objective, length, batch, checkpointing, optim, dtype, engine, options)
+    if engine == 'trl' and objective == 'orpo': options = dict(sft_average='token') | options # as TRL has it
     loaded,steps,start = meter()[0],[],time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train(model, tokenizer(), Dataset.from_list(rows(objective, length, 2*batch)), objective, out=f'{folder}/run',
               max_steps=2, per_device_train_batch_size=batch, gradient_checkpointing=checkpointing, optim=optim,
               engine=engine, precision='bf16', save_strategy='no', callbacks=[Meter(steps)], **options)
-    return dict(before=before, loaded=loaded, seconds=round(time.perf_counter()-start, 1)) | {
+    return dict(predicted=ahead, before=before, loaded=loaded, seconds=round(time.perf_counter()-start, 1)) | {
         f'{name}_{k}': x for k,three in enumerate(steps, 1) for name,x in zip(('allocated', 'peak', 'reserved'), three)}
+
+def predicted(config, method, objective, length, batch, checkpointing, optim, dtype, engine, options):
+    "Bytes that `ftkit.memory.estimate` says will be in use, said before the run; None for what it does not count"
+    from ftkit.core import FtkitError
+    from ftkit.memory import estimate
+    if engine == 'trl' or options.keys() - {'reference'}: return None
+    try: return estimate(config, method, length, batch, dtype, 'bf16' if GPU else None, checkpointing=checkpointing,
+                         optim=optim, objective=objective, **options).allocated
+    except FtkitError: return None
 
 def tokenizer():
     from ftkit.chat import set_template

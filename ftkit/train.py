@@ -94,7 +94,7 @@ def _tokens(inputs):
     return mask.sum() if mask is not None and mask.dim() == 2 else inputs['input_ids'].numel()
 
 def _no_fsdp(model):
-    if type(model).__name__.startswith('FSDP'): raise FtkitError(
+    if type(model).__name__.startswith(('FSDP', 'FullySharded')): raise FtkitError(
         "FSDP: our loss has not been shown to be right there: train on one GPU, by DDP, or with engine='trl'")
 
 def _shape(inputs):
@@ -120,13 +120,11 @@ def _trainer(objective, loss, reference, *args, **kwargs):
                 if self.reference: self.reference.fill(inputs)
                 found = loss(model, self.head, inputs)
             if model.training: _finite(found.losses, inputs, self.args, self.state.global_step)
-            total = found.losses.sum()
+            total,n = found.losses.sum(),found.count if num_items_in_batch is None else num_items_in_batch
             self.add('train' if model.training else 'eval', found.metrics | dict(loss=(total, found.count)))
             self.tokens += _tokens(inputs) if model.training else 0
-            n = found.count if num_items_in_batch is None else num_items_in_batch
-            mean = total / (n + (n == 0)) # nothing to train costs nothing
             several = num_items_in_batch is not None and self.args.average_tokens_across_devices
-            if several: mean = mean*self.accelerator.num_processes
+            mean = total*(self.accelerator.num_processes if several else 1) / (n + (n == 0)) # nothing to train costs 0
             return (mean, {}) if return_outputs else mean
 
         def prediction_step(self, model, inputs, *args, **kwargs):

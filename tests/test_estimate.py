@@ -1,5 +1,5 @@
 "The memory of a step without torch: equal to the trace, fast, honest about what fits"
-import ast, csv, json, subprocess, sys, time
+import ast, csv, json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -338,3 +338,12 @@ def test_names_are_those_of_simulate():
     assert mine == [n for n in theirs if n != 'clip']
     assert set(simulate.OBJECTIVES) == set(OBJECTIVES) and set(simulate.ATTENTIONS) == set(ATTENTIONS)
     assert ast.literal_eval(repr(METHODS)) == simulate.METHODS
+
+def test_the_bench_for_a_gpu(tmp_path):
+    "Runs here too, with a meter that says nothing: what is predicted is said before each run, and none fails"
+    pytest.importorskip('trl')
+    env = os.environ | dict(OUT=str(tmp_path), OMP_NUM_THREADS='1')
+    subprocess.run([sys.executable, HERE/'bench'/'memory_gpu.py', '8', 'tiny'], env=env, check=True, capture_output=True)
+    with open(tmp_path/'memory_gpu.csv') as f: made = [*csv.DictReader(f)]
+    assert made and not any(r.get('error') for r in made) and made[0]['torch']
+    for r in made: assert (int(r['predicted'] or 0) > 2**20) == (r['engine'] == 'ftkit')
