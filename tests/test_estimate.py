@@ -343,7 +343,8 @@ def test_the_bench_for_a_gpu(tmp_path):
     "Runs here too, with a meter that says nothing: what is predicted is said before each run, and none fails"
     pytest.importorskip('trl')
     env = os.environ | dict(OUT=str(tmp_path), OMP_NUM_THREADS='1')
-    subprocess.run([sys.executable, HERE/'bench'/'memory_gpu.py', '8', 'tiny'], env=env, check=True, capture_output=True)
+    command = [sys.executable, HERE/'bench'/'memory_gpu.py', '8', 'tiny']
+    subprocess.run(command, env=env, check=True, capture_output=True)
     with open(tmp_path/'memory_gpu.csv') as f: made = [*csv.DictReader(f)]
     assert made and not any(r.get('error') for r in made) and made[0]['torch']
     for r in made: assert (int(r['predicted'] or 0) > 2**20) == (r['engine'] == 'ftkit')
