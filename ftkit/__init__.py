@@ -10,6 +10,7 @@ Modules:
 - `ftkit.core`: The machine, its settings, and errors that say what to do
 - `ftkit.dpo`: Learn from pairs of answers without a reward model, in fifteen ways
 - `ftkit.evaluate`: How many held-out questions are answered right, and which of two answers a model prefers
+- `ftkit.explore`: Pictures of rules and formulae before anything is trained: advice, batches, schedules, packing, DPO, GRPO, rewards
 - `ftkit.formats`: From the rows people have to the few kinds of rows that a model learns from
 - `ftkit.generate`: Ask a model, one question or a thousand
 - `ftkit.grpo`: Several answers to one question are each other's yardstick: advantages, ratios and losses of GRPO and its kin
@@ -41,6 +42,7 @@ Modules:
 - `ftkit.tasks`: Questions a program can mark: eight families of them, and the raw text that teaches their answers
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
 - `ftkit.train`: One trainer for every objective, which goes on from its last checkpoint after a kill
+- `ftkit.view`: Something to look at that is also text, a table, and axes to draw on
 - `ftkit.widgets`: Thin controls over the views: type, and see
 - `ftkit.with_trl`: The same rows and options, handed to TRL's trainers"""
 
