@@ -43,7 +43,7 @@ Modules:
 - `ftkit.tiny`: A random model in milliseconds for tests, and a trained one inside the package
 - `ftkit.train`: One trainer for every objective, which goes on from its last checkpoint after a kill
 - `ftkit.view`: Something to look at that is also text, a table, and axes to draw on
-- `ftkit.widgets`: Thin controls over the views: type, and see
+- `ftkit.widgets`: Thin controls over the views: type, turn, and see
 - `ftkit.with_trl`: The same rows and options, handed to TRL's trainers"""
 
 __version__ = "0.1.0"

@@ -92,7 +92,8 @@ def packing_picture(lengths,          # tokens of each document
     try: rows = _laid(lengths, max_length, strategy)
     except FtkitError as e: return said(e)
     some = rows[:most]
-    ax,colours = canvas(size=(5.2, .8 + .1*len(some))),('#2d6a4f', '#74c69d', '#2563eb', '#93c5fd', '#d97706', '#fcd34d')
+    ax = canvas(size=(5.2, .8 + .1*len(some)))
+    colours = '#2d6a4f', '#74c69d', '#2563eb', '#93c5fd', '#d97706', '#fcd34d'
     for y,row in enumerate(some):
         at = 0
         for i,n in row: at = ax.barh(y, n, .85, at, color=colours[i % len(colours)], ec='white', lw=.5) and at+n

@@ -144,7 +144,7 @@ def _boxes(out, in_, r, width=150):
     "W, B and A to scale, side by side"
     scale = width/max(out, in_)
     w,h,t = in_*scale,out*scale,max(r*scale, 1)
-    shapes = [(0, w, h, '#9ca3af'), (w+30, t, h, '#2d6a4f'), (w+t+40, w, t, '#2d6a4f')]
+    shapes = [(0, w, h, '#9ca3af'), (w+30, t, h, '#40916c'), (w+t+40, w, t, '#40916c')]
     drawn = ''.join(f'<rect x="{x:.1f}" width="{a:.1f}" height="{b:.1f}" fill="{c}"/>' for x,a,b,c in shapes)
     said = f'W {out:,} × {in_:,}, frozen &nbsp;+&nbsp; B {out:,} × {r} &nbsp; A {r} × {in_:,}'
     return (f'<svg role="img" aria-label="a matrix of {out} by {in_} and an adapter of rank {r}" '
