@@ -18,6 +18,7 @@ Modules:
 - `ftkit.kto`: Learn from answers that were liked or not, one by one, without pairs
 - `ftkit.layers`: The layers of a language model as transformers runs them, on a tape that counts bytes
 - `ftkit.lengths`: How long the rows are, where to cut, and what a cut costs
+- `ftkit.live`: Watch a run and stop it, read what it sampled, go through rows by hand, and talk to two models at once
 - `ftkit.logps`: How likely the model finds each token it should have written, without the matrix that does not fit
 - `ftkit.lora`: A small product beside a frozen matrix
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character

@@ -99,8 +99,8 @@ def packing_picture(lengths,          # tokens of each document
         for i,n in row: at = ax.barh(y, n, .85, at, color=colours[i % len(colours)], ec='white', lw=.5) and at+n
     used = sum(n for row in rows for _,n in row)
     more = f' (the first {most} drawn)' if len(rows) > most else ''
-    ax.set_title(f'{len(lengths)} documents in {len(rows)} rows of {max_length}{more}: {used/len(rows)/max_length:.0%} full',
-                 fontsize=10)
+    full = f'{used/len(rows)/max_length:.0%} full'
+    ax.set_title(f'{len(lengths)} documents in {len(rows)} rows of {max_length}{more}: {full}', fontsize=10)
     ax.set(xlabel='tokens', yticks=[], xlim=(0, max_length), ylim=(len(some)-.4, -.6))
     ax.spines['left'].set_visible(False)
     return ax.figure
@@ -149,17 +149,17 @@ def dpo_picture(beta=.1,             # how dear it is to leave the reference
     at,x = [torch.tensor([float(v)]) for v in (chosen, rejected)],torch.linspace(-30, 30, 121)
     try: here = _pair_loss(*at, beta, loss_type).item()
     except (FtkitError, ZeroDivisionError) as e: return said(FtkitError(f'beta={beta}: {e}'))
-    axes = canvas(3, (7, 2.1))
+    axes = canvas(2, (5.6, 2.2))
     lines = (x, at[1].expand_as(x)),(at[0].expand_as(x), x)
-    for ax,line,v,name,colour in zip(axes, lines, at, ('preferred', 'rejected'), ('#2d6a4f', '#b91c1c')):
-        ax.plot(x, _pair_loss(*line, beta, loss_type), color=colour)
-        ax.plot(v, here, 'o', color=colour)
-        ax.set(xlabel=f'log-ratio, {name}')
+    for line,v,colour in zip(lines, at, ('#2d6a4f', '#b91c1c')):
+        axes[0].plot(x, _pair_loss(*line, beta, loss_type), color=colour)
+        axes[0].plot(v, here, 'o', color=colour)
+    axes[0].set(xlabel='log-ratio of either answer')
     axes[0].set_title(f'loss {here:.4g}', fontsize=10)
-    axes[2].barh([0, 1], push(*(v.item() for v in at), beta, loss_type), color=['#2d6a4f', '#b91c1c'])
-    axes[2].axvline(0, color='#9ca3af', lw=.8)
-    axes[2].set(yticks=[0, 1], yticklabels=['preferred', 'rejected'], ylim=(1.6, -.6))
-    axes[2].set_title('what a step pushes', fontsize=10)
+    axes[1].barh([0, 1], push(*(v.item() for v in at), beta, loss_type), color=['#2d6a4f', '#b91c1c'])
+    axes[1].axvline(0, color='#9ca3af', lw=.8)
+    axes[1].set(yticks=[0, 1], yticklabels=['preferred', 'rejected'], ylim=(1.6, -.6))
+    axes[1].set_title('what a step pushes', fontsize=10)
     return axes[0].figure
 
 # %% ../nbs/70_explore.ipynb #d5fc026d

@@ -481,12 +481,13 @@ def rl(model,             # with an adapter, or to be trained as a whole
        out=None,          # folder of the run; `runs/` and the algorithm by default
        engine=None,       # that samples; the model itself by default
        evaluate=None,     # model -> dict of numbers, now and then
+       watch=None,        # (folder, log, steps) -> is it to stop?, after each step, such as `ftkit.live.monitor()`
        resume=False,      # go on from the newest checkpoint in `out`
        overwrite=False,   # delete an earlier run in `out`
        **options          # of `Choices`
       ):                  # `Run`
     "Train a model on its own answers; raises `FtkitError` before anything is written if data or options are wrong"
-    run = _Run(model, tok, data, rewards, algorithm, out, engine, evaluate, resume, overwrite, options)
+    run = _Run(model, tok, data, rewards, algorithm, out, engine, evaluate, watch, resume, overwrite, options)
     how,state,policy = run.how,run.state,run.policy
     for _ in run.steps():
         with run.stage('sample and score'): groups = collect(run.data, how, run.engine, tok, run.rewards, state.step)
@@ -507,9 +508,10 @@ def rl(model,             # with an adapter, or to be trained as a whole
 # %% ../nbs/43_rl.ipynb #2d4ec87b
 class _Run:
     "What surrounds the loop: checks, folder, log, checkpoints"
-    def __init__(self, model, tok, data, rewards, algorithm, out, engine, evaluate, resume, overwrite, options):
+    def __init__(self, model, tok, data, rewards, algorithm, out, engine, evaluate, watch, resume, overwrite, options):
         how = self.how = choices(algorithm, **options)
-        self.out,self.tok,self.model,self.evaluate = Path(out or f'runs/{algorithm}'),tok,model,evaluate
+        self.out,self.tok,self.model = Path(out or f'runs/{algorithm}'),tok,model
+        self.evaluate,self.watch = evaluate,watch
         self.data,self.rewards = checked_rows(data),_functions(rewards, how)
         _may_write(self.out, resume, overwrite)
         self.own = engine is None or isinstance(engine, HFEngine) and engine.model is model # it has the weights
@@ -623,6 +625,7 @@ def steps(self:_Run):
     for k in bar:
         yield k
         bar.set_postfix(reward=self.reward)
+        if self.watch and self.watch(self.out, read_log(self.out), self.how.steps): return self.state.keep(self.out)
 
 @patch
 @contextmanager
@@ -656,7 +659,7 @@ def _summary(groups, functions, how):
 
 # %% ../nbs/43_rl.ipynb #a8b07a8a
 @patch
-def watch(self:_Run, entry, excess):
+def doubt(self:_Run, entry, excess):
     "Are the answers of an engine what they are said to be?"
     total,n = self.drawn = [x + float(y) for x,y in zip(self.drawn, excess)]
     found = None if self.own or self.finding else answers_finding(entry.get('sampler_gap', 0.), total/max(1, n), n)
@@ -671,7 +674,7 @@ def log(self:_Run, groups, metrics):
     entry = dict(step=state.step) | _summary(groups, self.rewards, how)
     effective = float(metrics.pop('effective_tokens', (0, 1))[0])/how.epochs
     entry |= {k: float(a/b) for k,(a,b) in metrics.items() if b}
-    self.watch(entry, metrics.get('sampler_excess', (0, 0)))
+    self.doubt(entry, metrics.get('sampler_excess', (0, 0)))
     self.reward = f"{entry['reward']:.3f}"
     entry |= dict(effective_tokens=effective, grad_norm=max(state.norms), seconds=self.took)
     state.norms = []

@@ -147,8 +147,9 @@ def _boxes(out, in_, r, width=150):
     shapes = [(0, w, h, '#9ca3af'), (w+30, t, h, '#40916c'), (w+t+40, w, t, '#40916c')]
     drawn = ''.join(f'<rect x="{x:.1f}" width="{a:.1f}" height="{b:.1f}" fill="{c}"/>' for x,a,b,c in shapes)
     said = f'W {out:,} × {in_:,}, frozen &nbsp;+&nbsp; B {out:,} × {r} &nbsp; A {r} × {in_:,}'
-    return (f'<svg role="img" aria-label="a matrix of {out} by {in_} and an adapter of rank {r}" '
-            f'width="{2*w+t+44:.0f}" height="{max(h, t)+2:.0f}">{drawn}</svg><div><small>{said}</small></div>')
+    x,y = f'{2*w+t+44:.0f}',f'{max(h, t)+2:.0f}'
+    return (f'<svg role="img" aria-label="a matrix of {out} by {in_} and an adapter of rank {r}" viewBox="0 0 {x} {y}" '
+            f'width="{x}" style="max-width:100%;height:auto">{drawn}</svg><div><small>{said}</small></div>')
 
 def lora_picture(model,                # any model, or `lora.meta_model` of a config
                  r=16,                 # rank
@@ -163,7 +164,7 @@ def lora_picture(model,                # any model, or `lora.meta_model` of a co
     out,in_ = max((tuple(model.get_submodule(n).weight.shape) for n in names), key=lambda s: s[0]*s[1])
     mb = lambda n: f'{n/2**20:,.1f} MB'
     facts = [('layers', f'{len(names):,}'), ('trained', f'{count.trainable:,} ({count.trainable/count.total:.4%})'),
-             ('scale', f'{alpha/(r**.5 if rslora else r):g}'), ('adapter file', mb(4*count.trainable)),
+             ('scale', f'{alpha/(r**.5 if rslora else r):.3g}'), ('adapter file', mb(4*count.trainable)),
              ('while training', mb(16*count.trainable)),
              ('one matrix needs', f'{r*(out+in_):,} instead of {out*in_:,}')]
     html = ''.join(f'<tr><td>{k}</td><td><b>{v}</b></td></tr>' for k,v in facts)
@@ -182,7 +183,7 @@ def nf4_picture(weight,      # matrix
     q = quantize(weight, kind, block, double)
     n = weight.numel()//block*block
     scaled = weight.float().flatten()[:n].view(-1, block)/q.scales[:n//block,None].clamp(min=1e-30)
-    axes = canvas(2, (7, 2.2))
+    axes = canvas(2, (5.8, 2.2))
     axes[0].hist(scaled.flatten().numpy(), 120, range=(-1, 1), color='#9ca3af')
     for x in levels(kind).tolist(): axes[0].axvline(x, color='#2d6a4f', lw=.8)
     axes[0].set(xlabel='weight / largest of its block', title=f'{kind.upper()}, blocks of {block}: {q.bits:.3f} bits')
@@ -304,18 +305,21 @@ def memory_bars(needs, # an `Estimate` or a `Simulation`, or several by their na
         f"gpu '{odd[0]}' is unknown: use some of {', '.join(GPUS)}")
     needs = needs if isinstance(needs, dict) else {'': needs}
     found = {name: _by_kind(n.at_peak) for name,n in needs.items()}
-    ax,left = ax or canvas(size=(6.4, .9 + .38*len(needs))),[0]*len(needs)
+    ax,left = ax or canvas(size=(5.4, .9 + .38*len(needs))),[0]*len(needs)
+    top = max(sum(f.values()) for f in found.values())
+    unit,scale = ('GiB', 1) if top > .1 else ('MiB', 1024)
     for kind,colour in _KINDS.items():
-        sizes = [f[kind] for f in found.values()]
-        if max(sizes) < .02: continue
+        sizes = [scale*f[kind] for f in found.values()]
+        if max(sizes) < .005*scale*top: continue
         ax.barh([*found], sizes, left=left, color=colour, label=kind, height=.7)
         left = [a+b for a,b in zip(left, sizes)]
-    for gpu in (g for g in gpus if GPUS[g] < 2.5*max(left)):
+    for gpu in (g for g in gpus if GPUS[g] < 2.5*top):
         ax.axvline(GPUS[gpu], color='#b91c1c', ls='--', lw=1)
         ax.annotate(gpu, (GPUS[gpu], 1), xycoords=('data', 'axes fraction'), color='#b91c1c', fontsize=8, ha='center',
                     va='bottom')
     ax.invert_yaxis()
-    ax.set(xlabel='GiB')
+    ax.set(xlabel=unit)
+    if [*found] == ['']: ax.set(yticks=[])
     ax.spines[['top', 'right']].set_visible(False)
     ax.figure.legend(frameon=False, ncol=5, loc='outside lower center', fontsize=8)
     return ax.figure

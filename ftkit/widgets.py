@@ -33,9 +33,11 @@ def still():
     return bool(os.environ.get('IN_TEST')) or type(shell).__name__ == 'TerminalInteractiveShell'
 
 # %% ../nbs/71_widgets.ipynb #794a75c3
-_STYLE = ('<style>.ftkit .widget-label{white-space:normal;text-align:left;height:auto;line-height:1.4;width:auto !important;'
-          'max-width:60%}.ftkit .widget-html-content{line-height:1.4}.ftkit img{max-width:100%;border-radius:6px}'
-          '.ftkit table{display:block;overflow-x:auto}</style>')
+_STYLE = ('<style>.ftkit .widget-label{white-space:normal;text-align:left;height:auto;line-height:1.4;'
+          'width:auto !important;max-width:60%}.ftkit .widget-html-content{line-height:1.4}'
+          '.ftkit img{max-width:100%;border-radius:6px}'
+          '.ftkit table{display:block;overflow-x:auto}'
+          '.ftkit .widget-inline-hbox{height:auto;flex-wrap:wrap}</style>')
 
 def html(picture, # `View`, or a matplotlib figure
          what     # it shows, for those who cannot see it
@@ -51,13 +53,17 @@ def _beside(knob):
     "The slider beside a box: a slider is pleasant to pull, but has no name that could be read aloud, which a box has"
     import ipywidgets as w
     kinds = (w.BoundedFloatText, w.FloatSlider), (w.BoundedIntText, w.IntSlider)
-    kind = next((slider for box,slider in kinds if isinstance(knob, box)), None)
+    kind = next((slider for box,slider in kinds if isinstance(knob, box) and knob.max < 10**6), None)
     own = dict(readout=False, continuous_update=False, layout=w.Layout(width='120px'))
     if kind: slider,what = kind(knob.value, min=knob.min, max=knob.max, step=knob.step, **own),'value'
-    elif getattr(knob, 'slides', False): slider,what = w.SelectionSlider(options=knob.options, index=knob.index, **own),'index'
-    else: return knob
+    elif not getattr(knob, 'slides', False): return knob
+    else: slider,what = w.SelectionSlider(options=knob.options, index=knob.index, **own),'index'
     w.jslink((knob, what), (slider, what))
     return w.HBox([knob, slider])
+
+# %% ../nbs/71_widgets.ipynb #12dedd74
+def _value(knob): # a list shows nothing for None, so it has '' in its place
+    return None if knob.value == '' and hasattr(knob, 'options') else knob.value
 
 def lab(view,   # what the knobs say -> `View` or figure
         what,   # it shows
@@ -67,7 +73,7 @@ def lab(view,   # what the knobs say -> `View` or figure
     import ipywidgets as w
     shown = w.HTML()
     def show(change=None):
-        try: picture = view(**{name: knob.value for name,knob in knobs.items()})
+        try: picture = view(**{name: _value(knob) for name,knob in knobs.items()})
         except FtkitError as e: picture = said(e)
         shown.value = _STYLE + html(picture, what)
     for name,knob in knobs.items():
@@ -86,7 +92,8 @@ def number(at, low, high, step=1): # widget
     "A number between two others"
     import ipywidgets as w
     kind = w.BoundedIntText if isinstance(step, int) else w.BoundedFloatText
-    return kind(at, min=low, max=high, step=step, continuous_update=False, layout=w.Layout(width='auto', max_width='200px'))
+    narrow = w.Layout(width='auto', max_width='200px')
+    return kind(at, min=low, max=high, step=step, continuous_update=False, layout=narrow)
 
 def power(at, low, high): # widget
     "A power of two, from 2**low to 2**(high-1), or what it begins with"
@@ -152,9 +159,10 @@ def template_lab(tok,             # tokenizer
         return template_view(tok, [m | dict(content=t) for m,t in zip(messages, texts.values())], template, train_on)
     if still(): return template_view(tok, messages, template, train_on)
     import ipywidgets as w
-    said = {f'turn {i}': w.Textarea(m['content'], description=m['role'], rows=2) for i,m in enumerate(messages, 1)}
-    names = [('its own', None), *((name, name) for name in TEMPLATES)]
-    return lab(view, 'tokens and mask', template=w.Dropdown(options=names, value=template),
+    said = {f'turn {i}': w.Textarea(m['content'], description=f"{i} {m['role']}", rows=2)
+            for i,m in enumerate(messages, 1)}
+    names = [('its own', ''), *((name, name) for name in TEMPLATES)]
+    return lab(view, 'tokens and mask', template=w.Dropdown(options=names, value=template or ''),
                train_on=w.Dropdown(options=['assistant', 'last', 'all'], value=train_on), **said)
 
 # %% ../nbs/71_widgets.ipynb #a4a68446
@@ -185,10 +193,11 @@ def chooser(what='approach', # 'approach': prompt, search or tune; 'method': SFT
     facts,choose = _CHOICES[what]
     if still(): return advice_table(choose(**known))
     import ipywidgets as w
-    options = [('not known', None), ('yes', True), ('no', False)]
+    options = [('not known', ''), ('yes', True), ('no', False)]
     def knob(name, text):
         if text.startswith('how many'): return w.BoundedIntText(known.get(name) or 0, 0, 10**9, description=text)
-        return w.Dropdown(options=options, value=known.get(name), description=text)
+        now = known.get(name)
+        return w.Dropdown(options=options, value='' if now is None else now, description=text)
     return lab(lambda **now: advice_table(choose(**now)), 'advice', **{n: knob(n, t) for n,t in facts.items()})
 
 # %% ../nbs/71_widgets.ipynb #42821fbf
@@ -207,7 +216,7 @@ def adapter_chooser(model,       # a config, as in `ftkit.memory.read_config`
     if still(): return view(**now)
     import ipywidgets as w
     return lab(view, 'adapters', gpu=w.Dropdown(options=[*GPUS], value=gpu),
-               priority=w.Dropdown(options=[(p or 'none', p) for p in PRIORITIES], value=priority),
+               priority=w.Dropdown(options=[(p or 'none', p or '') for p in PRIORITIES], value=priority or ''),
                length=power(length, 7, 15), batch=power(batch, 0, 6))
 
 # %% ../nbs/71_widgets.ipynb #c05eb9c2
@@ -276,9 +285,9 @@ def schedule_lab(): # a widget, or the picture it begins with where there is no 
     import ipywidgets as w
     from ftkit.hparams import SCHEDULES
     rates = lambda at, *rest: w.Dropdown(options=[(f'{x:g}', x) for x in (at, *rest)])
-    return lab(schedule_picture, 'learning rates', name=w.Dropdown(options=[*SCHEDULES]), steps=number(1000, 10, 5000, 10),
-               peak=rates(3e-4, 1e-3, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5), end=rates(1e-7, 0, 1e-6, 1e-5, 3e-5),
-               warmup=number(.05, 0, .5, .01))
+    return lab(schedule_picture, 'learning rates', name=w.Dropdown(options=[*SCHEDULES]),
+               steps=number(1000, 10, 5000, 10), warmup=number(.05, 0, .5, .01),
+               peak=rates(3e-4, 1e-3, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5), end=rates(1e-7, 0, 1e-6, 1e-5, 3e-5))
 
 def batch_lab(target=32,      # rows in a step
               gpus=1,         # devices
@@ -299,8 +308,9 @@ def dpo_lab(beta=.1,             # as in `ftkit.explore.dpo_picture`
     if still(): return dpo_picture(beta, loss_type, chosen, rejected)
     import ipywidgets as w
     from ftkit.dpo import VARIANTS
-    return lab(dpo_picture, 'a pair of answers', beta=number(beta, 0, 1, .05), loss_type=w.Dropdown(
-        options=[*VARIANTS], value=loss_type), chosen=number(chosen, -30, 30, 1.), rejected=number(rejected, -30, 30, 1.))
+    return lab(dpo_picture, 'a pair of answers', beta=number(beta, 0, 1, .05),
+               loss_type=w.Dropdown(options=[*VARIANTS], value=loss_type),
+               chosen=number(chosen, -30, 30, 1.), rejected=number(rejected, -30, 30, 1.))
 
 # %% ../nbs/71_widgets.ipynb #0417e6b9
 def grpo_lab(rewards=(1, 0, 0, 1), # of a group of answers
@@ -327,6 +337,6 @@ def reward_bench(functions,   # a reward function, or several
     if still(): return reward_table(functions, prompts, completions, **columns)
     import ipywidgets as w
     view = lambda **texts: reward_table(functions, prompts, [*texts.values()], **columns)
-    fields = {f'answer {i}': w.Textarea(c, description=str(p)[:60], rows=2)
+    fields = {f'answer {i}': w.Textarea(c, description=f'{i} {str(p)[:60]}', rows=2)
               for i,(p,c) in enumerate(zip(prompts, completions), 1)}
     return lab(view, 'rewards', **fields)
