@@ -16,6 +16,7 @@ __all__ = ['TARGETS', 'GPUS', 'still', 'html', 'lab', 'number', 'power', 'reply'
 
 # %% ../nbs/71_widgets.ipynb #4ea9558b
 import os, sys
+from functools import partial
 from html import escape
 from .choose import APPROACH, METHOD, choose_adapter, choose_approach, choose_method
 from .chat import TEMPLATES, set_template
@@ -33,11 +34,13 @@ def still():
     return bool(os.environ.get('IN_TEST')) or type(shell).__name__ == 'TerminalInteractiveShell'
 
 # %% ../nbs/71_widgets.ipynb #794a75c3
-_STYLE = ('<style>.ftkit .widget-label{white-space:normal;text-align:left;height:auto;line-height:1.4;'
-          'width:auto !important;max-width:60%}.ftkit .widget-html-content{line-height:1.4}'
-          '.ftkit img{max-width:100%;border-radius:6px}'
-          '.ftkit table{display:block;overflow-x:auto}'
-          '.ftkit .widget-inline-hbox{height:auto;flex-wrap:wrap}</style>')
+_STYLE = '<style>' + ''.join('.ftkit ' + rule for rule in (
+    '.widget-inline-hbox:not(.widget-checkbox) {flex-direction:column;align-items:stretch;height:auto}',
+    '.widget-inline-hbox:not(.widget-checkbox) > * {flex:none}',
+    '.widget-label {white-space:normal;text-align:left;height:auto;line-height:1.4;max-width:320px}',
+    '.widget-label {width:auto !important}',
+    '.widget-html-content {line-height:1.4}', 'img {max-width:100%;border-radius:6px}',
+    'table {display:block;overflow-x:auto}')) + '</style>'
 
 def html(picture, # `View`, or a matplotlib figure
          what     # it shows, for those who cannot see it
@@ -58,8 +61,10 @@ def _beside(knob):
     if kind: slider,what = kind(knob.value, min=knob.min, max=knob.max, step=knob.step, **own),'value'
     elif not getattr(knob, 'slides', False): return knob
     else: slider,what = w.SelectionSlider(options=knob.options, index=knob.index, **own),'index'
-    w.jslink((knob, what), (slider, what))
-    return w.HBox([knob, slider])
+    def follow(one, other, change): setattr(other, what, round(getattr(one, what), 6)) # 0.1+0.2 is no 0.3
+    knob.observe(partial(follow, knob, slider), what)
+    slider.observe(partial(follow, slider, knob), what)
+    return w.HBox([knob, slider], layout=w.Layout(align_items='flex-end'))
 
 # %% ../nbs/71_widgets.ipynb #12dedd74
 def _value(knob): # a list shows nothing for None, so it has '' in its place
@@ -301,8 +306,8 @@ def batch_lab(target=32,      # rows in a step
 # %% ../nbs/71_widgets.ipynb #7ede09a3
 def dpo_lab(beta=.1,             # as in `ftkit.explore.dpo_picture`
             loss_type='sigmoid', # likewise
-            chosen=0.,           # log-ratio of the preferred answer
-            rejected=0.          # of the other
+            chosen=0,            # log-ratio of the preferred answer
+            rejected=0           # of the other
            ):                    # a widget, or the picture it begins with where there is no front end
     "Turn beta and move either answer, and see what a step pushes"
     if still(): return dpo_picture(beta, loss_type, chosen, rejected)
@@ -310,7 +315,7 @@ def dpo_lab(beta=.1,             # as in `ftkit.explore.dpo_picture`
     from ftkit.dpo import VARIANTS
     return lab(dpo_picture, 'a pair of answers', beta=number(beta, 0, 1, .05),
                loss_type=w.Dropdown(options=[*VARIANTS], value=loss_type),
-               chosen=number(chosen, -30, 30, 1.), rejected=number(rejected, -30, 30, 1.))
+               chosen=number(round(chosen), -30, 30), rejected=number(round(rejected), -30, 30))
 
 # %% ../nbs/71_widgets.ipynb #0417e6b9
 def grpo_lab(rewards=(1, 0, 0, 1), # of a group of answers
