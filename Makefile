@@ -21,7 +21,7 @@ export: .venv/.installed  ## after editing a notebook: modules, packaged setting
 	cp settings.ini ftkit/assets/
 	nbdev-export
 	nbdev-clean
-	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(images/#(nbs/images/#; s#(\(tutorials/\|[0-9]\)\([0-9a-z_]*\.ipynb)\)#(nbs/\1\2#g' > README.md
+	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(images/#(nbs/images/#; s#(\(tutorials/\|explanations/\|[0-9]\)\([0-9a-z_]*\.ipynb)\)#(nbs/\1\2#g' > README.md
 
 sync: .venv/.installed  # is everything that is made from the notebooks up to date?
 	@old=$$(mktemp -d) && cp -r ftkit nbs README.md $$old && $(MAKE) -s export && \
@@ -39,7 +39,7 @@ notebooks: .venv/.installed
 	nbdev-test --n-workers 2 --timing
 
 pytest: .venv/.installed
-	python -m pytest
+	python -m pytest -n 2 --dist worksteal
 
 bench: .venv/.installed  ## side by side with TRL; run it when nothing else runs
 	python bench/prepare.py

@@ -174,11 +174,12 @@ def grpo_picture(rewards,          # of one group
     from ftkit.grpo import advantages, grpo_loss
     try: gains = advantages(list(map(float, rewards)), len(rewards), scale, baseline)
     except FtkitError as e: return said(e)
-    axes,n,green,red = canvas(2, (6.4, 2.2)),torch.arange(len(rewards)),'#2d6a4f','#b91c1c'
-    axes[0].bar(n-.2, rewards, .38, color='#9ca3af', label='reward')
-    axes[0].bar(n+.2, gains, .38, color=[green if g > 0 else red for g in gains], label='advantage')
+    axes,n,green,red = canvas(2, (6.4, 2.2)),range(len(rewards)),'#2d6a4f','#b91c1c'
+    axes[0].bar([i-.2 for i in n], rewards, .38, color='#9ca3af', label='reward')
+    colours = [green if g > 0 else red for g in gains]
+    axes[0].bar([i+.2 for i in n], gains.tolist(), .38, color=colours, label='advantage')
     axes[0].axhline(0, color='#9ca3af', lw=.8)
-    axes[0].set(xlabel='answer', xticks=n.tolist(), xticklabels=(n+1).tolist())
+    axes[0].set(xlabel='answer', xticks=[*n], xticklabels=[i+1 for i in n])
     axes[0].set_title('rewards and advantages' if gains.any() else 'all alike: nothing to learn', fontsize=10)
     ratio,one = torch.linspace(.4, 1.8, 141)[:, None],torch.ones(141, 1)
     for gain,colour in ((gains.max(), green), (gains.min(), red)):

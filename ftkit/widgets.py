@@ -39,8 +39,8 @@ _STYLE = '<style>' + ''.join('.ftkit ' + rule for rule in (
     '.widget-inline-hbox:not(.widget-checkbox) > * {flex:none}',
     '.widget-label {white-space:normal;text-align:left;height:auto;line-height:1.4;max-width:320px}',
     '.widget-label {width:auto !important}',
-    '.widget-html-content {line-height:1.4}', 'img {max-width:100%;border-radius:6px}',
-    'table {display:block;overflow-x:auto}')) + '</style>'
+    '.widget-html, .ftkit .widget-html-content {line-height:1.4;min-width:0;max-width:100%;overflow-x:auto}',
+    'img {max-width:100%;border-radius:6px}', 'table {display:block;overflow-x:auto}')) + '</style>'
 
 def html(picture, # `View`, or a matplotlib figure
          what     # it shows, for those who cannot see it
