@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check export sync lint notebooks pytest bench docs lab vllm
+.PHONY: demo test check export sync lint notebooks pytest bench docs lab vllm browser
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,17 @@ docs: .venv/.installed  ## the site, in _docs/index.html
 
 vllm: .venv-vllm/.installed  ## sampling with the real vLLM, on a CPU
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/test_vllm.py
+
+# An environment of its own: Playwright drives Debian's chromium (apt-get install chromium), and Colab's ipywidgets lies beside.
+.venv-browser/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install -q --upgrade pip
+	.venv-browser/bin/pip install -q -c constraints.txt -e . jupyterlab voila playwright pytest
+	.venv-browser/bin/pip install -q --no-deps --target .venv-browser/ipywidgets7 ipywidgets==7.7.1 ipython-genutils==0.2.0
+	touch $@
+
+browser: .venv-browser/.installed  ## every widget in JupyterLab and Voila, by mouse and keyboard
+	.venv-browser/bin/python -m pytest -m browser tests/browser
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	jupyter lab nbs

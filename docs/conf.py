@@ -6,7 +6,7 @@ import yaml
 from nbdev.config import nbpath2html
 
 REPO,SITE = 'https://github.com/ftkit/ftkit', 'https://ftkit.github.io/ftkit'
-FOLDERS = 'tutorials', 'explanations'
+FOLDERS = dict(tutorials='The guide', explanations='Explanations')
 FLOORS = {0: 'Core', 5: 'Decide', 10: 'Data', 20: 'Model', 30: 'Objective', 40: 'Learn', 50: 'Watch',
           60: 'Deliver', 70: 'Face'}
 TAGS = {'echo: false': 'remove-input', 'output: false': 'remove-output', 'code-fold: true': 'hide-input'}
@@ -35,13 +35,13 @@ html_theme_options = dict(repository_url=REPO, repository_branch='main', path_to
     navbar_persistent=[], show_toc_level=2, launch_buttons=dict(colab_url='https://colab.research.google.com'))
 
 def contents(docs):
-    "Hidden tables of contents: a chapter for each folder, then one for each floor of the modules"
-    chapters = {o: [] for o in (*FOLDERS, *FLOORS.values())}
+    "Hidden tables of contents: the guide, a chapter for each floor of the modules, and explanations"
+    chapters = {o: [] for o in ('tutorials', *FLOORS.values(), 'explanations')}
     for doc in sorted(docs):
         folder,_,name = doc.rpartition('/')
         chapters[folder or FLOORS[max(o for o in FLOORS if o <= int(name[:2]))]].append(doc)
     toc = ':::{toctree}\n:hidden:\n:caption: '
-    return [toc + '\n'.join([o.capitalize(), '', *c, ':::']) for o,c in chapters.items() if c]
+    return [toc + '\n'.join([FOLDERS.get(o, o), '', *c, ':::']) for o,c in chapters.items() if c]
 
 def link(text, env):
     "Point nbdev's links (mask.html#encode) at the pages of this site (/12_mask.ipynb#encode)"

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from .core import FtkitError
 from .show import loss_curve, preference_curves, rl_curves, rollout_table, transcript
-from .view import View, said
+from .view import View, words
 from .widgets import html, lab, number, reply, still
 
 # %% ../nbs/72_live.ipynb #d3b040fa
@@ -27,7 +27,7 @@ def curves(log # of a `Run`, or from `read_log`
     names = {name for entry in log for name in entry}
     pairs = names & {'rewards/accuracies', 'accuracy'}
     draw = rl_curves if 'reward' in names else preference_curves if pairs else loss_curve
-    return draw(log) if pairs or names & {'loss', 'reward'} else said('no step yet')
+    return draw(log) if pairs or names & {'loss', 'reward'} else words('no step yet')
 
 # %% ../nbs/72_live.ipynb #09b22905
 def _trains(frame):
@@ -62,7 +62,7 @@ def monitor(every=5 # steps from one picture to the next
     from IPython.display import display
     from transformers import TrainerCallback
     class Monitor(TrainerCallback):
-        ear,shown,flag = _Ear(),None,None
+        ear,shown,flag,draws = _Ear(),None,None,True
 
         def begin(self, folder):
             self.flag = Path(folder)/'stop'
@@ -171,9 +171,9 @@ def review(rows, # with `messages`
            path  # file of decisions, which is gone on with
           ):     # a widget, or the row that is next where there is no front end
     "Keep, mend or drop rows, one after the other; every decision is saved at once"
-    at,words = _progress(path, len(rows))
-    if still(): return View(transcript(rows[at or 0]['messages']).html + f'<small>{words}</small>',
-                            f"{transcript(rows[at or 0]['messages'])}\n{words}")
+    at,done = _progress(path, len(rows))
+    if still(): return View(transcript(rows[at or 0]['messages']).html + f'<small>{done}</small>',
+                            f"{transcript(rows[at or 0]['messages'])}\n{done}")
     import ipywidgets as w
     wide = w.Layout(width='auto', max_width='480px')
     shown,note,reason = w.HTML(),w.HTML(),w.Text(description='reason', layout=wide)

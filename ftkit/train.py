@@ -175,10 +175,11 @@ def _write_whole(path, text):
     tmp.replace(path)
 
 # %% ../nbs/40_train.ipynb #384df0d2
-def _callbacks(path):
+def _callbacks(path, others=()):
     "`log.jsonl`, always the trainer's own history, which a resumed run restores; a bar; a look at the first gradients"
     from tqdm import tqdm
     from transformers import TrainerCallback
+    drawn = any(getattr(o, 'draws', False) for o in others) # as `ftkit.live.monitor` does
 
     class Log(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -190,8 +191,9 @@ def _callbacks(path):
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.bar,self.shown = tqdm(total=state.max_steps, initial=state.global_step, desc='training',
-                                       disable=bool(os.environ.get('IN_TEST')) or not state.is_world_process_zero),{}
+            off = drawn or bool(os.environ.get('IN_TEST')) or not state.is_world_process_zero
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='training', disable=off)
+            self.shown = {}
         def on_log(self, args, state, control, logs, **kwargs):
             names = dict(loss='loss', eval_loss='held-out')
             self.shown |= {name: f'{logs[key]:.3f}' for key,name in names.items() if key in logs}
@@ -524,7 +526,7 @@ def train(model,            # from `load_model`
     _may_write(out, resume, overwrite)
     own = {k: options.pop(k, v) for k,v in obj.options().items()}
     evaluate,checkpoint = eval_data is not None,last_checkpoint(out) if resume else None
-    stops,collate = _stops(patience, evaluate),obj.collate(tok, model, packing)
+    stops,collate,callbacks = _stops(patience, evaluate),obj.collate(tok, model, packing),_several(callbacks)
     data = obj.prepare(tok, data, max_length, too_long, packing)
     if evaluate: eval_data = obj.prepare(tok, eval_data, max_length, 'split' if packing == 'wrapped' else too_long)
     settings = _settings(out, precision, options, _rate(objective, model), evaluate, checkpoint is None, patience)
@@ -533,7 +535,7 @@ def train(model,            # from `load_model`
                  start=began and _start(model))
     earlier = _earlier(out, fixed) if checkpoint else {}
     trainer = _tried(_maker(engine, objective, own, began, model, tok, settings), data, eval_dataset=eval_data,
-                     data_collator=collate, callbacks=[*_callbacks(out), *stops, *_several(callbacks)])
+                     data_collator=collate, callbacks=[*_callbacks(out, callbacks), *stops, *callbacks])
     layout = getattr(collate, 'layout', packing) if engine == 'ftkit' else None
     record = _Record(out, trainer, eval_data, earlier, **fixed, options=own | settings, max_length=max_length,
                      too_long=too_long, patience=patience, precision=precision, packing=layout)

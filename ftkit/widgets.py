@@ -21,11 +21,12 @@ from html import escape
 from .choose import APPROACH, METHOD, choose_adapter, choose_approach, choose_method
 from .chat import TEMPLATES, set_template
 from .core import FtkitError
-from .explore import (advice_table, batch_table, dpo_picture, grpo_picture, packing_picture, reward_table,
-                           schedule_picture, template_view)
+from .explore import advice_table, batch_table, dpo_picture, grpo_picture
+from .explore import packing_picture, reward_table, schedule_picture
 from .generate import generate
-from .show import lora_picture, memory_bars, nf4_picture, show_tokens, template_diff, transcript
-from .view import View, said
+from .show import lora_picture, memory_bars, nf4_picture
+from .show import show_tokens, template_diff, template_view, transcript
+from .view import View, words
 
 # %% ../nbs/71_widgets.ipynb #80969dce
 def still():
@@ -35,8 +36,8 @@ def still():
 
 # %% ../nbs/71_widgets.ipynb #794a75c3
 _STYLE = '<style>' + ''.join('.ftkit ' + rule for rule in (
-    '.widget-inline-hbox:not(.widget-checkbox) {flex-direction:column;align-items:stretch;height:auto}',
-    '.widget-inline-hbox:not(.widget-checkbox) > * {flex:none}',
+    '.widget-inline-hbox:not(.widget-checkbox, .widget-slider) {flex-direction:column;align-items:stretch;height:auto}',
+    '.widget-inline-hbox:not(.widget-checkbox, .widget-slider) > * {flex:none}',
     '.widget-label {white-space:normal;text-align:left;height:auto;line-height:1.4;max-width:320px}',
     '.widget-label {width:auto !important}',
     '.widget-html, .ftkit .widget-html-content {line-height:1.4;min-width:0;max-width:100%;overflow-x:auto}',
@@ -79,7 +80,7 @@ def lab(view,   # what the knobs say -> `View` or figure
     shown = w.HTML()
     def show(change=None):
         try: picture = view(**{name: _value(knob) for name,knob in knobs.items()})
-        except FtkitError as e: picture = said(e)
+        except FtkitError as e: picture = words(e)
         shown.value = _STYLE + html(picture, what)
     for name,knob in knobs.items():
         knob.description = knob.description or name.replace('_', ' ')
@@ -156,7 +157,7 @@ def token_browser(tok,           # tokenizer
 # %% ../nbs/71_widgets.ipynb #a0a67bca
 def template_lab(tok,             # tokenizer
                  messages,        # to begin with: list of dicts with `role` and `content`
-                 template=None,   # as in `ftkit.explore.template_view`
+                 template=None,   # as in `ftkit.show.template_view`
                  train_on='assistant' # likewise
                 ):                # a widget, or what it begins with where there is no front end
     "Type what is said, choose a template, and see tokens and mask"

@@ -1,0 +1,44 @@
+"What every tutorial must have, and what the home page says of it"
+import json, re
+from pathlib import Path
+import pytest
+
+NBS = Path(__file__).parents[1]/'nbs'
+TUTORIALS = sorted((NBS/'tutorials').glob('*.ipynb'))
+
+def faults(cells):
+    "What a tutorial lacks"
+    text = lambda c: ''.join(c['source'])
+    prose,code = ([text(c) for c in cells if c['cell_type'] == kind] for kind in ('markdown', 'code'))
+    answers = next((i for i,c in enumerate(cells) if '<details><summary>Answers' in text(c)), None)
+    solved = [] if answers is None else [text(c) for c in cells[answers:] if text(c).startswith('#| hide')]
+    return [name for name,ok in {
+        'a title and a promise': re.match(r'# .+\n\n> .+', prose[0]),
+        'between 25 and 60 cells': 25 <= len([c for c in cells if not text(c).startswith('#| hide')]) <= 60,
+        'half of it prose': len(prose) >= .38*len(cells),
+        'an install cell, for Colab only': any("'COLAB_RELEASE_TAG' in os.environ" in c for c in code[:3]),
+        'a widget': any(re.search(r'from ftkit\.(widgets|live) import', c) for c in code),
+        'what goes wrong': any(re.search('wrong', p) for p in prose),
+        'exercises with folded answers': any('xercises' in p for p in prose) and answers is not None,
+        'answers that are asserted': any(re.search(r'^\s*(assert|test_\w+\()', c, re.M) for c in solved),
+        'no output on stderr': not any(o.get('name') == 'stderr' for c in cells for o in c.get('outputs', [])),
+        'nothing that is not run': not any('eval: false' in c for c in code)}.items() if not ok]
+
+@pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)
+def test_it_teaches(path):
+    nb = json.loads(path.read_text())
+    assert faults(nb['cells']) == [] and 'widgets' not in nb['metadata']
+
+def test_a_tutorial_without_answers_is_seen():
+    cells = json.loads(TUTORIALS[0].read_text())['cells']
+    assert faults(cells[:-1]) == ['answers that are asserted']
+    anywhere = [c for c in cells if 'COLAB_RELEASE' not in ''.join(c['source'])]
+    assert 'an install cell, for Colab only' in faults(anywhere)
+
+def test_the_home_page_lists_all_of_them():
+    home = ''.join(''.join(c['source']) for c in json.loads((NBS/'index.ipynb').read_text())['cells'])
+    row = r'\| (\d+) \| \[(.+?)\]\(tutorials/(\w+)\.ipynb\): .+? \| .+/nbs/tutorials/(\w+)\.ipynb\) \|'
+    listed = re.findall(row, home)
+    title = lambda p: re.match('# (.+)', ''.join(json.loads(p.read_text())['cells'][0]['source']))[1]
+    assert listed == [(str(int(p.stem[:2])), title(p), p.stem, p.stem) for p in TUTORIALS]
+    assert [int(p.stem[:2]) for p in TUTORIALS] == list(range(1, 13))
