@@ -234,11 +234,11 @@ def written_in(script # 'LATIN', 'CYRILLIC', 'CJK', 'ARABIC': the first word of 
 def _pieces(completions, completion_ids): return completion_ids or [t.split() for t in texts(completions)]
 
 def length(target,    # tokens or words
-           spread=None # how far off costs half; a quarter of the target by default
+           spread=None # how far off costs half; a quarter of the target by default, at least 1
           ):          # reward function
     "1 at the target length, falling to both sides"
     if target <= 0: raise FtkitError(f'target={target}: must be above 0')
-    width = spread or target/4
+    width = spread or max(target/4, 1)
     def worth(n): return .5**(((n-target)/width)**2)
     return lambda completions, completion_ids=None, **_: [worth(len(p)) for p in _pieces(completions, completion_ids)]
 

@@ -13,7 +13,7 @@ __all__ = ['MiB', 'GiB', 'DTYPES', 'OPTIMS', 'LOSSES', 'OBJECTIVES', 'REFERENCES
            'METHODS', 'ATTENTIONS', 'Event', 'meter', 'Allocator', 'Simulation', 'simulate']
 
 # %% ../nbs/45_simulate.ipynb #88245fa0
-import bisect, re, sys, weakref
+import bisect, re, sys, warnings, weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -578,7 +578,9 @@ def _world(gpus, m):
     if dist.is_initialized(): raise FtkitError('this process belongs to a process group: simulate in one of its own')
     dist.init_process_group('fake', rank=0, world_size=gpus, store=FakeStore())
     try:
-        with _followed(m): yield init_device_mesh('cpu', (gpus,))
+        with _followed(m), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'FSDP2-wrapped module') # its output is a view, which nobody changes here
+            yield init_device_mesh('cpu', (gpus,))
     finally: dist.destroy_process_group()
 
 # %% ../nbs/45_simulate.ipynb #2e0fa8af

@@ -315,6 +315,8 @@ def test_a_rehearsal_sees_what_stands_in_the_way():
     model,tok = start()
     dull = rehearse(model, tok, ROWS, flat, prompts=4, group=4, max_new_tokens=4)
     assert dull.truncated > .5 and 'max_new_tokens=4' in str(dull) and 'of the groups' in str(dull)
+    def worthless(completions, **_): return [0.]*len(completions)
+    assert rehearse(model, tok, ROWS, worthless, prompts=4, max_new_tokens=4).findings[0].endswith('looks like')
     def unread(completions, **_): return [None]*len(completions)
     assert 'no reward function' in str(rehearse(model, tok, ROWS, unread, prompts=4, max_new_tokens=4))
 
