@@ -33,6 +33,7 @@ def table(head,          # names of the columns
           text_columns=1 # how many columns, from the left, hold text
          ):              # `View`
     "A table; text is aligned to the left, numbers to the right"
+    rows = list(rows)
     def cell(tag, i, c):
         align = 'left' if i < text_columns else 'right'
         return f'<{tag} style="text-align:{align};padding:2px 10px">{escape(str(c))}</{tag}>'
