@@ -733,8 +733,8 @@ def rehearse(model,            # as for `rl`
         (lost, 'answers do not end, and none is worth anything: SFT first, which shows what an answer looks like'),
         (found['truncated'] > .5 and not lost,
          f"{found['truncated']:.0%} of the answers are cut off at max_new_tokens={how.max_new_tokens}: raise it"),
-        (found['spread'] < .2 and not lost, f"only {found['spread']:.0%} of the groups have answers that differ in reward: easier "
-         'or harder prompts, a larger group, a higher temperature, or SFT first'),
+        (found['spread'] < .2 and not lost, f"only {found['spread']:.0%} of the groups have answers that differ in "
+         'reward: easier or harder prompts, a larger group, a higher temperature, or SFT first'),
         (unscored > .1, f'{unscored:.0%} of the answers are scored by no reward function')) if wrong]
     return Rehearsal(found['truncated'], found['spread'], found['reward'], quartiles, unscored, round(took, 1), _peak(),
                      says, groups)
