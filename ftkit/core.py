@@ -11,13 +11,16 @@ Docs: https://ftkit.github.io/ftkit/core.html.md"""
 __all__ = ['KEYS', 'ASSETS', 'FtkitError', 'need', 'progress', 'no_bars', 'Device', 'device', 'find_settings', 'profile']
 
 # %% ../nbs/00_core.ipynb #f4cdaf08
-import os
+import logging, os
 from configparser import ConfigParser
 from configparser import Error as IniError
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+
+# bitsandbytes warns on import that an optional CPU kernel is absent
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
 
 # %% ../nbs/00_core.ipynb #7166966a
 class FtkitError(ValueError):

@@ -25,9 +25,6 @@ from .chat import render, set_template, stop_ids, template_ids
 from .mask import prompt_ids
 from .tiny import base
 
-# bitsandbytes warns on import that an optional CPU kernel is absent
-logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-
 # %% ../nbs/22_models.ipynb #9853a7f0
 def _first(e): return str(e).strip().split('\n')[0] or type(e).__name__
 

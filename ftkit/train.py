@@ -443,6 +443,8 @@ def _maker(engine, objective, own, began, model, tok, settings):
         return partial(_trainer, obj, partial(obj.loss, **own), began, model, _arguments(TrainingArguments, settings))
     if began and began.how == 'adapter' and not changes_nothing(model): raise FtkitError(
         "reference='adapter': TRL would measure from the trained adapter: reference='precomputed' does")
+    if objective == 'sft' and hasattr(model.get_output_embeddings(), 'token_adapter'): raise FtkitError(
+        "TRL's loss cannot read a head with rows of new tokens: load_model(..., trainable_token_indices=None)")
     return partial(trl_trainer, objective, own, began, model, tok, partial(_arguments, settings=settings))
 
 # %% ../nbs/40_train.ipynb #8655c115
@@ -497,6 +499,9 @@ def _asked(objective, engine, too_long, reference, options):
     if reference and not OBJECTIVES[objective].reference: raise FtkitError(f'{objective} has no reference')
     for name,instead in dict(resume_from_checkpoint='resume=True', output_dir='out', do_train='train').items():
         if name in options: raise FtkitError(f'{name}: here it is called {instead}')
+    if secret := next((n for n,v in options.items() if isinstance(v, str) and re.search('(token|key|secret)$', n)), None):
+        raise FtkitError(f'{secret}: options are written down with the run, and a secret must not be: put it into the '
+                         'environment, such as HF_TOKEN')
     if 'label_smoothing_factor' in options and objective != 'sft': raise FtkitError(
         f'label_smoothing_factor is for sft; {objective} knows {", ".join(OBJECTIVES[objective].options())}')
 

@@ -107,10 +107,18 @@ def test_patience_goes_on_counting_after_a_kill(tmp_path):
     ('cpo', dict(simpo_gamma=5.), 'simpo_gamma changes nothing'),
     ('sft', dict(resume_from_checkpoint='nowhere'), 'here it is called resume=True'),
     ('sft', dict(output_dir='there'), 'here it is called out'),
+    ('sft', dict(hub_token='hf_planted'), 'a secret must not be'),
     ('orpo', dict(engine='trl'), "sft_average='token'")])
 def test_options_that_would_do_nothing(tmp_path, objective, options, says):
     with pytest.raises(FtkitError, match=says): run(tmp_path, objective, max_steps=1, **options)
     assert not run_files(tmp_path/'run')
+
+def test_trl_is_not_given_a_head_that_its_loss_cannot_read(tmp_path):
+    tok = load_tokenizer('embedded')
+    with pytest.raises(FtkitError, match='rows of new tokens'):
+        train(load_model('embedded', tok), tok, rows(8), out=tmp_path/'run', engine='trl', max_steps=1)
+    plain = load_model('embedded', tok, trainable_token_indices=None)
+    assert train(plain, tok, rows(8), out=tmp_path/'run', engine='trl', max_steps=1).log
 
 def test_trl_is_not_given_a_trained_adapter_as_its_own_reference(tmp_path):
     model,tok = start('dpo', 'lora')
