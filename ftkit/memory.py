@@ -796,7 +796,9 @@ def to_fit(model,      # as in `read_config`
     s = usual(gpu, **settings)
     if fits(estimate(model, **s), gpu).verdict == 'fits': return []
     found = changes(model, gpu, **s)
-    if found and found[-1].fit and found[-1].fit.verdict == 'fits': first = 'to make it fit:'
+    last = next((change.fit.verdict for change in found[::-1] if change.fit), '')
+    if last == 'fits': first = 'to make it fit:'
+    elif last == 'tight': first = 'to make it fit, but only just, with expandable_segments:'
     else:
         rows = largest(model, gpu, 'length', **{n: v for n,v in s.items() if n != 'length'})
         first = f'rows of {rows:,} tokens fit; what saves something with these rows, and is not enough:'

@@ -117,6 +117,8 @@ def test_in_words():
     assert to_fit(LLAMA8, 'h200') == []
     first,*rest = to_fit(LLAMA8, 'l4')
     assert first == 'to make it fit:' and rest and all(line.startswith('  ') for line in rest)
+    first,*rest = to_fit(LLAMA8, 't4', method='qlora', length=16384)
+    assert 'only just' in first and 'tight' in rest[-1]
     first,*_ = to_fit(LLAMA8, 't4', method='qlora', length=10**6)
     n = int(first.split()[2].replace(',', ''))
     assert n == largest(LLAMA8, 't4', 'length', method='qlora') > 1000
