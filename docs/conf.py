@@ -1,6 +1,7 @@
 "The docs site: Sphinx reads what `nbdev.serve.proc_nbs` wrote to `_proc`, and does here what nbdev leaves to Quarto"
 import json
 import re
+from pathlib import Path
 
 import yaml
 from nbdev.config import nbpath2html
@@ -55,6 +56,15 @@ def link(text, env):
 
 def symbol(m): return f'{m[2]} `{m[3]}`' + (f'\n\n[source]({REPO}{m[1]}){{.source}}' if m[1] else '')
 
+PLAIN = {} # the Markdown of each page
+
+def plain(cells):
+    "Prose and code, without what is for Sphinx alone"
+    seen = [c for c in cells if 'remove-input' not in c['metadata'].get('tags', [])]
+    text = '\n\n'.join(f'```python\n{c["source"]}\n```' if c['cell_type'] == 'code' else c['source'] for c in seen)
+    text = re.sub(r':::\{toctree\}.*?:::\s*|<!--.*?-->\s*', '', text, flags=re.S)
+    return re.sub(r'^\[(.*)\]\{\.subtitle\}', r'> \1', text, count=1, flags=re.M)
+
 def read(app, docname, source):
     "Front matter becomes the title, `show_doc`'s output prose with headings, Quarto's directives tags"
     nb = json.loads(source[0])
@@ -75,7 +85,21 @@ def read(app, docname, source):
             cell['metadata'].setdefault('tags', []).extend(tags)
         text = re.sub(r'^#\|.*\n?', '', text, flags=re.M)
         cell.update(cell_type=kind, source=link(text, app.env) if kind == 'markdown' else text)
+    PLAIN[docname] = plain(nb['cells'])
     source[0] = json.dumps(nb)
+
+def finish(app, error):
+    "For programs that read: `llms.txt`, and every page as Markdown; both under the names that nbdev gives to pages"
+    if error: return
+    out,lines = Path(app.outdir),[f'# {project}', '', '> The fine-tuning guide you can run', '']
+    for doc in sorted(PLAIN, key=lambda d: (d != root_doc, not d.startswith('tutorials'), d)):
+        name,here = nbpath2html(f'{doc}.ipynb'),Path(doc).name
+        title,about = re.match(r'# (.+)\s+> (.*)', PLAIN[doc]).groups()
+        (out/f'{name}.md').write_text(PLAIN[doc], encoding='utf-8')
+        moved = f'<meta http-equiv="refresh" content="0; url={here}.html"><a href="{here}.html">{title}</a>'
+        if not (out/name).exists(): (out/name).write_text(moved, encoding='utf-8')
+        lines.append(f'- [{title}]({SITE}/{name}.md): {about}')
+    (out/'llms.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 def style(app, page, template, context, doctree): context['metatags'] = context.get('metatags', '') + STYLE
 
@@ -83,3 +107,4 @@ def setup(app):
     "Sphinx calls this"
     app.connect('source-read', read)
     app.connect('html-page-context', style)
+    app.connect('build-finished', finish)

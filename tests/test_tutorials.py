@@ -17,6 +17,7 @@ def faults(cells):
         'a title and a promise': re.match(r'# .+\n\n> .+', prose[0]),
         'between 25 and 60 cells to read': 25 <= seen <= 60,
         'about half of it prose': len(prose) >= .4*seen,
+        'a Colab button': any('colab-badge.svg' in p for p in prose[:4]),
         'an install cell, for Colab only': any("'COLAB_RELEASE_TAG' in os.environ" in c for c in code[:3]),
         'a widget': any(re.search(r'from ftkit\.(widgets|live) import', c) for c in code),
         'what goes wrong': any(re.search('wrong', p) for p in prose),

@@ -1,0 +1,43 @@
+"The site is built without a warning, and no link in it leads nowhere"
+import re, subprocess
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE = 'https://ftkit.github.io/ftkit/'
+
+@pytest.fixture(scope='module')
+def site():
+    built = subprocess.run(['make', '-s', 'docs'], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    return ROOT/'_docs'
+
+def dead(folder, page):
+    "Links of a page to files or places that are not there"
+    html = page.read_text(encoding='utf-8')
+    out = []
+    for link in {*re.findall(r'(?:href|src)="([^"]+)"', html)}:
+        path,place = urldefrag(unquote(link))
+        if re.match(r'\w+:|//', link): continue
+        there = (page.parent/path.partition('?')[0]).resolve() if path else page
+        lost = not there.exists() or place and there.suffix == '.html' and f'id="{place}"' not in there.read_text()
+        if lost: out.append(link)
+    return out
+
+def test_no_link_is_dead(site):
+    pages = [p for p in site.rglob('*.html') if '_static' not in p.parts]
+    assert len(pages) > 100
+    assert {p.name: found for p in pages if (found := dead(site, p))} == {}
+
+def test_a_dead_link_is_seen(tmp_path):
+    (tmp_path/'a.html').write_text('<a href="b.html">b</a> <a href="#here">x</a> <p id="there"> <a href="#there">y</a>')
+    assert sorted(dead(tmp_path, tmp_path/'a.html')) == ['#here', 'b.html']
+
+def test_programs_can_read_it(site):
+    "`llms.txt` names every page, and what it and the modules point at is there"
+    named = re.findall(rf'\({SITE}(\S+)\)', (site/'llms.txt').read_text())
+    pages = [p for p in (ROOT/'nbs').rglob('*.ipynb') if not {'runs', '.ipynb_checkpoints'} & {*p.parts}]
+    assert len(named) == len(pages) and all((site/name).exists() for name in named)
+    docs = [re.search(rf'Docs: {SITE}(\S+\.md)', p.read_text())[1] for p in (ROOT/'ftkit').glob('[a-z]*.py')]
+    assert docs and all((site/name).exists() for name in docs)
