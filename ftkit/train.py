@@ -499,9 +499,10 @@ def _asked(objective, engine, too_long, reference, options):
     if reference and not OBJECTIVES[objective].reference: raise FtkitError(f'{objective} has no reference')
     for name,instead in dict(resume_from_checkpoint='resume=True', output_dir='out', do_train='train').items():
         if name in options: raise FtkitError(f'{name}: here it is called {instead}')
-    if secret := next((n for n,v in options.items() if isinstance(v, str) and re.search('(token|key|secret)$', n)), None):
-        raise FtkitError(f'{secret}: options are written down with the run, and a secret must not be: put it into the '
-                         'environment, such as HF_TOKEN')
+    secret = [n for n,v in options.items() if isinstance(v, str) and re.search('(token|key|secret)$', n)]
+    if secret: raise FtkitError(
+        f'{secret[0]}: options are written down with the run, and a secret must not be: put it into the environment, such as '
+        'HF_TOKEN')
     if 'label_smoothing_factor' in options and objective != 'sft': raise FtkitError(
         f'label_smoothing_factor is for sft; {objective} knows {", ".join(OBJECTIVES[objective].options())}')
 
