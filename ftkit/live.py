@@ -56,36 +56,47 @@ class _Ear:
         if signal.getsignal(signal.SIGINT) == self.hear: signal.signal(signal.SIGINT, self.earlier)
 
 # %% ../nbs/72_live.ipynb #92458d7f
+class _Seen:
+    "A run that is drawn and may be stopped"
+    ear,shown,flag,draws,every = _Ear(),None,None,True,5
+
+    def begin(self, folder):
+        self.flag = Path(folder)/'stop'
+        self.flag.unlink(missing_ok=True)
+        self.ear.listen()
+        if still(): return
+        import ipywidgets as w
+        from IPython.display import display
+        self.shown = w.HTML()
+        display(self.shown)
+
+    def after(self, log, step, steps):
+        "Draw now and then; is it to stop?"
+        hint = f'step {step} of {steps}. To end it early, interrupt the kernel, or make a file {self.flag}'
+        over = self.ear.heard or self.flag.exists()
+        if self.shown and (over or step % self.every == 0 or step == steps):
+            self.shown.value = html(curves(log), 'curves of the run') + f'<p>{hint}</p>'
+        return over
+
+    def end(self, log):
+        from IPython.display import display
+        self.ear.rest()
+        self.flag.unlink(missing_ok=True)
+        if still(): display(curves(log))
+
+    def __call__(self, folder, log, steps):
+        "After each step of `rl`"
+        if self.flag is None: self.begin(folder)
+        over,step = self.after(log, log[-1]['step'], steps),log[-1]['step']
+        if over or step == steps: self.end(log)
+        return over
+
+# %% ../nbs/72_live.ipynb #cecd7f75
 def monitor(every=5 # steps from one picture to the next
            ):       # callback: `train(..., callbacks=[monitor()])`, `rl(..., watch=monitor())`
     "Curves of a run while it trains; it stops after an interrupt, or for a file `stop` in its folder"
-    from IPython.display import display
     from transformers import TrainerCallback
-    class Monitor(TrainerCallback):
-        ear,shown,flag,draws = _Ear(),None,None,True
-
-        def begin(self, folder):
-            self.flag = Path(folder)/'stop'
-            self.flag.unlink(missing_ok=True)
-            self.ear.listen()
-            if still(): return
-            import ipywidgets as w
-            self.shown = w.HTML()
-            display(self.shown)
-
-        def after(self, log, step, steps):
-            "Draw now and then; is it to stop?"
-            hint = f'step {step} of {steps}. To end it early, interrupt the kernel, or make a file {self.flag}'
-            over = self.ear.heard or self.flag.exists()
-            if self.shown and (over or step % every == 0 or step == steps):
-                self.shown.value = html(curves(log), 'curves of the run') + f'<p>{hint}</p>'
-            return over
-
-        def end(self, log):
-            self.ear.rest()
-            self.flag.unlink(missing_ok=True)
-            if still(): display(curves(log))
-
+    class Monitor(_Seen, TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero: self.begin(args.output_dir)
         def on_step_end(self, args, state, control, **kwargs):
@@ -93,14 +104,9 @@ def monitor(every=5 # steps from one picture to the next
                 control.should_training_stop = True
         def on_train_end(self, args, state, control, **kwargs):
             if state.is_world_process_zero: self.end(state.log_history)
-
-        def __call__(self, folder, log, steps):
-            "After each step of `rl`"
-            if self.flag is None: self.begin(folder)
-            over,step = self.after(log, log[-1]['step'], steps),log[-1]['step']
-            if over or step == steps: self.end(log)
-            return over
-    return Monitor()
+    found = Monitor()
+    found.ear,found.every = _Ear(),every
+    return found
 
 # %% ../nbs/72_live.ipynb #a542d224
 def _steps(path):

@@ -501,8 +501,8 @@ def _asked(objective, engine, too_long, reference, options):
         if name in options: raise FtkitError(f'{name}: here it is called {instead}')
     secret = [n for n,v in options.items() if isinstance(v, str) and re.search('(token|key|secret)$', n)]
     if secret: raise FtkitError(
-        f'{secret[0]}: options are written down with the run, and a secret must not be: put it into the environment, such as '
-        'HF_TOKEN')
+        f'{secret[0]}: options are written down with the run, and a secret must not be: put it into the environment, '
+        'such as HF_TOKEN')
     if 'label_smoothing_factor' in options and objective != 'sft': raise FtkitError(
         f'label_smoothing_factor is for sft; {objective} knows {", ".join(OBJECTIVES[objective].options())}')
 
