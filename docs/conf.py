@@ -84,6 +84,7 @@ def read(app, docname, source):
             tags = [tag for o,tag in TAGS.items() if f'#| {o}' in text]
             cell['metadata'].setdefault('tags', []).extend(tags)
         text = re.sub(r'^#\|.*\n?', '', text, flags=re.M)
+        text = re.sub(r'\[!\[(.+?)\]\(http.+?\)\]\((.+?)\)', r'[\1](\2)', text) # a badge is a picture from elsewhere
         cell.update(cell_type=kind, source=link(text, app.env) if kind == 'markdown' else text)
     PLAIN[docname] = plain(nb['cells'])
     source[0] = json.dumps(nb)

@@ -1,5 +1,5 @@
 "Run the first tutorial from beginning to end and leave what came of it in build/: `make demo`"
-import os, subprocess, time
+import os, re, subprocess, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -35,6 +35,7 @@ def main():
     build = ROOT/'build'
     build.mkdir(exist_ok=True)
     nb = nbformat.read(NOTEBOOK, 4)
+    nb.cells = [c for c in nb.cells if not re.search(r'^#\| hide|COLAB_|colab-badge', c.source)] # for tests, for Colab
     seconds = execute(nb, build)
     nbformat.write(nb, build/'first_fine_tune.ipynb')
     page = HTMLExporter(mathjax_url='', require_js_url='', embed_images=True)

@@ -10,6 +10,13 @@ from ftkit.tasks import rows
 from ftkit.tiny import tiny
 from ftkit.train import last_checkpoint, train
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    "As in a notebook; a shell's background job ignores interrupts"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 class Interrupts(TrainerCallback):
     "Interrupts at the beginning of some steps, as many times as they are named"
     def __init__(self, *steps): self.steps = steps
