@@ -1,5 +1,5 @@
 "The site is built without a warning, and no link in it leads nowhere"
-import re, subprocess
+import os, re, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 import pytest
@@ -9,7 +9,10 @@ SITE = 'https://ftkit.github.io/ftkit/'
 
 @pytest.fixture(scope='module')
 def site():
-    built = subprocess.run(['make', '-s', 'docs'], cwd=ROOT, capture_output=True, text=True)
+    "As `make docs` builds it; not by make, which may install the environment anew while other tests run in it"
+    recipe = re.search(r'^docs:.*\n((?:\t.*\n)+)', (ROOT/'Makefile').read_text(), re.M)[1]
+    env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    built = subprocess.run(['sh', '-ec', recipe], cwd=ROOT, env=env, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-2000:]
     return ROOT/'_docs'
 
