@@ -16,9 +16,9 @@ import json
 from datetime import datetime
 from pathlib import Path
 from .core import FtkitError
-from .show import loss_curve, preference_curves, rl_curves, rollout_table, transcript
+from .show import loss_curve, preference_curves, read_rollouts, rl_curves, rollout_table, transcript
 from .view import View, words
-from .widgets import html, lab, number, reply, still
+from .widgets import html, lab, number, reply, still, talk
 
 # %% ../nbs/72_live.ipynb #d3b040fa
 def curves(log # of a `Run`, or from `read_log`
@@ -109,18 +109,11 @@ def monitor(every=5 # steps from one picture to the next
     return found
 
 # %% ../nbs/72_live.ipynb #a542d224
-def _steps(path):
-    "Steps of a run that have rollouts, in order"
-    file = Path(path)/'rollouts.jsonl'
-    if not file.exists(): raise FtkitError(f'{file}: no rollouts there: is it a run of rl?')
-    text = file.read_text()
-    return [*dict.fromkeys(json.loads(line)['step'] for line in text[:text.rfind('\n')+1].splitlines())]
-
 def rollout_browser(path, # folder of a run of `rl`, which may still go on
                     n=12  # answers
                    ):     # a widget, or the last step where there is no front end
     "Step through what was sampled, with rewards and advantages"
-    steps = _steps(path)
+    steps = [*dict.fromkeys(line['step'] for line in read_rollouts(path))]
     if still(): return rollout_table(path, n=n)
     return lab(lambda step, answers: rollout_table(path, steps[step-1], answers), 'answers of a step',
                step=number(len(steps), 1, len(steps)), answers=number(n, 1, 64))
@@ -223,15 +216,4 @@ def compare_chat(models,    # dict of name -> model
     def ask(text):
         for name,model in models.items(): chats[name] = chats[name] + reply(model, toks[name], [], text, **options)
         return _side_by_side(chats)
-    view = _side_by_side(chats)
-    for text in say: view = ask(text)
-    if still(): return view
-    import ipywidgets as w
-    shown = w.HTML(view.html)
-    field = w.Text(placeholder='Ask both and press Enter', description='You', continuous_update=False,
-                   layout=w.Layout(width='auto', max_width='480px'))
-    def submit(change):
-        if not change['new'].strip(): return
-        shown.value,field.value = ask(change['new']).html,''
-    field.observe(submit, 'value')
-    return w.VBox([shown, field])
+    return talk(ask, _side_by_side(chats), say, 'Ask both and press Enter')

@@ -13,7 +13,7 @@ Docs: https://ftkit.github.io/ftkit/show.html.md"""
 # %% auto #0
 __all__ = ['show_tokens', 'template_diff', 'template_view', 'length_histogram', 'lora_picture', 'nf4_picture', 'loss_curve',
            'preference_curves', 'rl_curves', 'calibration_plot', 'memory_bars', 'memory_timeline', 'before_after',
-           'answers', 'sample_table', 'rollout_table', 'transcript']
+           'answers', 'sample_table', 'read_rollouts', 'rollout_table', 'transcript']
 
 # %% ../nbs/70_show.ipynb #2292d783
 from copy import deepcopy
@@ -405,17 +405,22 @@ def sample_table(found # from `read_samples`
                  text_columns=len(prompts)+1)
 
 # %% ../nbs/70_show.ipynb #2f1dd508
-def rollout_table(path,      # folder of a run of `rl`
-                  step=None, # the last by default
-                  n=12       # answers
-                 ):          # `View`
-    "Answers of a step with rewards and advantages, those that taught most first"
+def read_rollouts(path # folder of a run of `rl`
+                 ):    # list of dicts: step, prompt, completion, scores, advantage
+    "What a run has sampled so far; raises `FtkitError` where there is none"
     import json
     from pathlib import Path
     file = Path(path)/'rollouts.jsonl'
     if not file.exists(): raise FtkitError(f'{file}: no rollouts there: is it a run of rl?')
     text = file.read_text()
-    lines = [json.loads(l) for l in text[:text.rfind('\n')+1].splitlines()] # it may still be written
+    return [json.loads(l) for l in text[:text.rfind('\n')+1].splitlines()] # it may still be written
+
+def rollout_table(path,      # folder of a run of `rl`
+                  step=None, # the last by default
+                  n=12       # answers
+                 ):          # `View`
+    "Answers of a step with rewards and advantages, those that taught most first"
+    lines = read_rollouts(path)
     step = lines[-1]['step'] if step is None else step
     some = sorted((l for l in lines if l['step'] == step), key=lambda l: -abs(l['advantage']))
     if not some: raise FtkitError(f"step {step} is not in this run: it has {lines[0]['step']} to {lines[-1]['step']}")

@@ -140,6 +140,6 @@ def test_there_is_a_static_twin(names, case, monkeypatch):
 
 def test_every_widget_is_in_the_table():
     import ftkit.live, ftkit.widgets
-    no_widgets = 'reply still html lab number power curves monitor decisions decide reviewed'.split()
+    no_widgets = 'reply talk still html lab number power curves monitor decisions decide reviewed'.split()
     made = {n for m in (ftkit.widgets, ftkit.live) for n in m.__all__ if callable(getattr(m, n))}
     assert made - {*no_widgets} == {case.make.split('(')[0] for case in CASES.values()}
