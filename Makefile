@@ -49,6 +49,7 @@ bench: .venv/.installed  ## side by side with TRL; run it when nothing else runs
 	python bench/dpo.py
 	python bench/grpo.py
 	python bench/memory.py
+	python bench/peers.py
 
 docs: .venv/.installed  ## the site, in _docs/index.html
 	python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, skip_folder_re='^[_.]|^runs$$')"

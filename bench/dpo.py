@@ -5,15 +5,14 @@
 The model of bench/sft.py and real pairs, the adapter switched off as reference. A CPU takes pairs of at most 512 tokens
 a prompt with its answer, four a step, a GPU of 1,024 and sixteen. Both sides learn from the same rows in the same
 order. Each runs in a process of its own, in turns; the better of two runs counts. Ten minutes on a CPU. Prints one line
-per side, and how many tokens each puts through the model; writes bench/dpo.json.
+per side, and how many tokens each puts through the model; kept in bench/results/dpo.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
 import json, subprocess, sys, tempfile, time
-from pathlib import Path
+from machine import keep
 from sft import DEVICE, GPU, PRECISION, SHARED, STEPS, adapted, peak, rate, tokenizer
 
-HERE = Path(__file__).resolve().parent
 LENGTH,BATCH = (1024, 16) if GPU else (512, 4)
 
 def pairs(tok):
@@ -80,8 +79,7 @@ def main(steps=STEPS, rounds='2'):
     faster,memory = theirs['seconds']/ours['seconds'],ours['peak']/theirs['peak']
     print(f"{faster:.2f} times TRL's pairs/s, {memory:.2f} of its memory; {tokens:,.0f} tokens a step instead of "
           f'{padded:,.0f}; {flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s')
-    found = dict(sides=sides, flops=flops, rate=limit, tokens=tokens, padded=padded)
-    (HERE/'dpo.json').write_text(json.dumps(found, indent=1))
+    keep('dpo', sides=sides, flops=flops, rate=limit, tokens=tokens, padded=padded, pairs=BATCH)
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -6,17 +6,16 @@ The embedded model with LoRA, 8 prompts with 8 answers of at most 48 tokens in e
 group has answers that differ in reward, and half of the groups have none. Each side runs in a process of its own, in
 turns; the better of two runs counts. Three minutes on two cores. Prints a line for each side and mix, and what each
 stage of our step takes, beside what its matrix products alone would take at the rate of this machine for products of
-its shape: the limit. Writes bench/grpo.json.
+its shape: the limit. Kept in bench/results/grpo.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
 import json, resource, subprocess, sys, tempfile, time, zlib
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 import torch
+from machine import keep
 
-HERE = Path(__file__).resolve().parent
 PROMPTS,GROUP,TOKENS,STEPS = 8,8,48,'10'
 GPU = torch.cuda.is_available()
 
@@ -115,7 +114,7 @@ def main(steps=STEPS, rounds='2'):
             print(f"{mix}: {faster:.2f} times TRL's steps/s, {memory:.2f} of its memory;",
                   ', '.join(f'{k} {v*1000:.0f} ms' + (f" (limit {a['limits'][k]*1000:.0f})" if k in a['limits'] else '')
                             for k,v in a['stages'].items()))
-    (HERE/'grpo.json').write_text(json.dumps(found, indent=1))
+    keep('grpo', mixes=found)
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

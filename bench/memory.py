@@ -5,7 +5,7 @@
 Rows of `measured_memory.csv` on one GPU whose loss is transformers': what was the most allocated and reserved there,
 and what `simulate` says, which has seen no GPU. Rows of the T4 were measured with libraries near ours; for those of the
 A100 the versions they were measured with are put into a folder of their own first (needs a package index). Three
-minutes. Prints a line for each row, and mean and worst errors; writes bench/memory.json.
+minutes. Prints a line for each row, and mean and worst errors, kept in bench/results/memory.json.
 """
 import os
 os.environ |= dict(IN_TEST='1', HF_HUB_OFFLINE='1')
@@ -96,8 +96,10 @@ def main(*only):
             sizes = [abs(x[name]) for x in out if x['gpu'] == gpu and name in x]
             if sizes: print(f'{gpu}, {name}: {len(sizes)} runs, mean error {sum(sizes)/len(sizes):.2%}, '
                             f'worst {max(sizes):.2%}')
-    (HERE/'memory.json').write_text(json.dumps(out, indent=1))
-    if not only: table(out)
+    if only: return
+    from machine import keep
+    keep('memory', runs=out)
+    table(out)
 
 if __name__ == '__main__':
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)

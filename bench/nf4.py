@@ -2,12 +2,12 @@
 
     python bench/nf4.py [MILLIONS of weights] [THREADS]
 
-In turns, the best of five. Prints one line per figure; writes bench/nf4.json.
+In turns, the best of five. Prints one line per figure, kept in bench/results/nf4.json.
 """
-import json, sys, time
-from pathlib import Path
+import sys, time
 import torch
 import bitsandbytes.functional as BF
+from machine import keep
 from ftkit.nf4 import dequantize, quantize
 
 def best(runs): return [min(times) for times in zip(*runs)]
@@ -34,6 +34,6 @@ def main(millions='100', threads='1'):
             figures.append(dict(what=name, dtype=str(dtype), threads=int(threads), ftkit=a, bitsandbytes=b, times=b/a))
             print(f'{name} {w.numel()/1e6:.0f} M weights of {str(dtype)[6:]}, {threads} threads: ftkit {a:.2f} s, '
                   f'bitsandbytes {b:.2f} s: {b/a:.2f} times as fast')
-    (Path(__file__).parent/'nf4.json').write_text(json.dumps(figures, indent=1))
+    keep('nf4', runs=figures)
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -5,13 +5,15 @@
 Lengths are drawn from a log-normal fitted to no data set in particular and from the lengths of real conversations.
 `pack_dataset` is measured in fresh processes, in turns, and the best of five counts. Just before each run a
 gigabyte is written and thrown away, so that memory is at hand: a virtual machine that has to fetch it from its host
-spends up to 0.7 s of system time on it, whoever asks first. Prints one line per figure; writes bench/pack.json.
+spends up to 0.7 s of system time on it, whoever asks first. Prints one line per figure, kept in
+bench/results/pack.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
-import json, subprocess, sys, tempfile, time
+import subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np
+from machine import keep
 from ftkit.lengths import from_arrays, profile_lengths
 from ftkit.pack import pack, pack_dataset
 
@@ -86,6 +88,6 @@ def main(millions='1'):
         print(f'pack_dataset {len(lengths):,} rows of {lengths.mean():.0f} tokens ({kind}) into 2048: '
               f'ftkit {ours:.2f} s, {rows:,} rows; TRL {theirs:.2f} s, {trl_rows:,} rows: '
               f'{theirs/ours:.1f} times as fast')
-    (HERE/'pack.json').write_text(json.dumps(figures, indent=1))
+    keep('pack', **figures)
 
 if __name__ == '__main__': (measure if sys.argv[1:2] in (['ftkit'], ['trl']) else main)(*sys.argv[1:])

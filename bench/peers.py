@@ -2,16 +2,18 @@
 
     python bench/peers.py
 
-The same rows as bench/memory.py, whose last figures for `simulate` it takes from bench/memory.json. Each peer gets the
-closest settings that it accepts: `fitcheck-llm` all of them; accelerate's and DeepSpeed's estimators know of no
-adapter, of no rows and of no logits, and get the number of weights; so do the sixteen bytes a weight and the
+The same rows as bench/memory.py, whose last figures for `simulate` it takes from bench/results/memory.json. Each peer
+gets the closest settings that it accepts: `fitcheck-llm` all of them; accelerate's and DeepSpeed's estimators know of
+no adapter, of no rows and of no logits, and get the number of weights; so do the sixteen bytes a weight and the
 activations of Korthikanti et al. 2022, which are EleutherAI's formula. fitcheck-llm and DeepSpeed's sources are fetched
-when they are first asked for (needs a package index). Prints mean and worst errors, best first; writes peers.json.
+when they are first asked for (needs a package index). Prints mean and worst errors, best first, kept in
+bench/results/peers.json.
 """
 import os
 os.environ |= dict(IN_TEST='1', HF_HUB_OFFLINE='1')
 import ast, json, logging, subprocess, sys, tarfile
 import memory as bench
+from machine import RESULTS, keep
 
 PEERS = bench.HERE.parent/'.venv-memory'
 FITCHECK,DEEPSPEED = 'fitcheck-llm==0.3.1','deepspeed==0.17.5'
@@ -84,7 +86,7 @@ def settings(row):
 def main():
     ways = {'ftkit.memory.estimate': by_estimate, 'fitcheck-llm 0.3.1': by_fitcheck,
             "accelerate's training": by_accelerate, "DeepSpeed's ZeRO-2": by_deepspeed, 'EleutherAI': by_eleuther}
-    traced = {r['id']: r['allocated'] for r in json.loads((bench.HERE/'memory.json').read_text())}
+    traced = {r['id']: r['allocated'] for r in json.loads((RESULTS/'memory.json').read_text())['runs']}
     found = {'ftkit.simulate': {}} | {name: {} for name in ways}
     for row in bench.rows():
         c,s,there = bench.config(row),settings(row),float(row['peak_mib'])*bench.MiB
@@ -96,7 +98,7 @@ def main():
     peers = [e for name,e in sizes.items() if not name.startswith('ftkit')]
     best = min(sum(e)/len(e) for e in peers)
     print('our worst is smaller than the best mean of the others:', max(sizes['ftkit.simulate']) < best)
-    (bench.HERE/'peers.json').write_text(json.dumps(found, indent=1))
+    keep('peers', errors=found)
 
 if __name__ == '__main__':
     logging.disable(logging.WARNING)

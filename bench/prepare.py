@@ -4,14 +4,15 @@
 
 The limit is the tokenizer's `encode_batch` on texts that are rendered already. All three use the same number of
 processes, with one thread each, and ftkit and TRL must give the same ids and labels. Memory is measured in a process
-of its own, for two sizes. Prints one line per figure; writes bench/prepare.json.
+of its own, for two sizes. Prints one line per figure, kept in bench/results/prepare.json.
 """
 import os, sys
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
-import json, resource, subprocess, time
+import resource, subprocess, time
 from multiprocessing import get_context
 from pathlib import Path
 from datasets import concatenate_datasets
+from machine import keep
 from transformers import AutoTokenizer
 from ftkit.chat import render, set_template
 from ftkit.formats import as_dataset, load
@@ -89,7 +90,7 @@ def main(folder=str(SHARED/'datasets'), name=str(SHARED/'tokenizers'/'smollm2'),
               f'(ftkit is {trl/ours:.1f} times as fast), same ids and labels: {same}')
     figures['memory'] = {rows: peak_memory(folder, name, rows) for rows in (n, 4*n)}
     print('most memory in MB by rows:', *(f'{rows:,}: {mb:,.0f}' for rows,mb in figures['memory'].items()))
-    (HERE/'prepare.json').write_text(json.dumps(figures, indent=1))
+    keep('prepare', **figures)
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--memory']:

@@ -3,12 +3,12 @@
     python bench/qlora.py [8b|tiny] [STEPS]
 
 Needs a GPU with 24 GB and 20 GB of disk for 8b; `tiny` shows on a CPU that the script runs. Each side runs in a process
-of its own, on the same rows of 1,024 tokens (64 for tiny), one at a time, twice. Prints one line per side; writes
-bench/qlora.json.
+of its own, on the same rows of 1,024 tokens (64 for tiny), one at a time, twice. Prints one line per side, kept in
+bench/results/qlora.json.
 """
 import json, os, subprocess, sys, tempfile, time
-from pathlib import Path
 import torch
+from machine import keep
 
 SIZES = {'8b': dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                     num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
@@ -76,7 +76,7 @@ def main(size='8b', steps='20'):
             f = json.loads(done.stdout.strip().split('\n')[-1])
             figures.append(f)
             print(f"{which}: {f['tokens']/f['seconds']:,.0f} tokens/s, peak {f['peak']/2**30:.2f} GB")
-    (Path(__file__).parent/'qlora.json').write_text(json.dumps(figures, indent=1))
+    keep('qlora', runs=figures)
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4])

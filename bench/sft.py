@@ -6,13 +6,14 @@ The model has the shape of Qwen2.5-0.5B, random weights; prompts are masked. A C
 two rows of 1,024 tokens a step, a GPU all 24 in bf16 and eight rows of 2,048. TRL runs with its chunked loss and
 packing 'bfd'. Each side runs in a process of its own, in turns; the better of two runs counts. Torch counts the work of
 a step on our side; its share of the rate at which the machine multiplies matrices says how far there is to go. Seven
-minutes on a CPU. Prints one line per side; writes bench/sft.json.
+minutes on a CPU. Prints one line per side, kept in bench/results/sft.json.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
 import json, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
+from machine import keep
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1]/'shared'/'data'
@@ -126,7 +127,7 @@ def main(steps=STEPS, rounds='2'):
     faster,memory = theirs['seconds']/ours['seconds'],ours['peak']/theirs['peak']
     print(f"{faster:.2f} times TRL's tokens/s, {memory:.2f} of its memory; "
           f'{flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s, {trained:.0%} of the tokens trained')
-    (HERE/'sft.json').write_text(json.dumps(dict(sides=sides, flops=flops, rate=limit, trained=trained), indent=1))
+    keep('sft', sides=sides, flops=flops, rate=limit, trained=trained, tokens=BATCH*LENGTH)
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -126,7 +126,9 @@ class Cut:
 
     def __str__(self):
         if not self.long and not self.dead: return f'all {self.rows:,} rows fit in {self.max_length:,} tokens'
-        did = dict(drop='left out', right='cut on the right', left='cut on the left', split='split', refuse='too long')
+        pieces = self.kept + self.dead - (self.rows - self.long)
+        did = dict(drop='left out', right='cut on the right', left='cut on the left', refuse='too long',
+                   split=f'split into {pieces:,} pieces')
         said = [f'{self.long:,} of {self.rows:,} rows are longer than max_length={self.max_length} tokens '
                 f'({self.first}): {did[self.how]}'] if self.long else []
         lost = f'{self.lost:,} of {self.tokens:,} tokens lost, {self.untaught:,} of them trained'

@@ -287,7 +287,9 @@ def describe(model # any transformers or PEFT model
     # bitsandbytes packs two 4-bit weights into each byte it stores
     count = lambda p: p.numel()*2 if four_bit(p) else p.numel()
     total,trained = sum(map(count, params)),sum(count(p) for p in params if p.requires_grad)
-    mb = sum(p.numel()*p.element_size() for p in params)/2**20
+    states = [p.quant_state for p in params if four_bit(p) and p.quant_state]
+    scales = [s.absmax for q in states for s in (q, q.state2) if s] # of blocks, and of these where they are quantised
+    mb = sum(t.numel()*t.element_size() for t in [*params, *scales])/2**20
     dtypes = {'4-bit' if four_bit(p) else str(p.dtype).removeprefix('torch.') for p in params}
     return (f'{total:,} parameters, {trained:,} trainable ({trained/total:.1%}), '
             f"{mb:,.1f} MB of {', '.join(sorted(dtypes))} on {params[0].device}, "
