@@ -17,6 +17,7 @@ import json, re
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 from .core import FtkitError
@@ -395,8 +396,13 @@ class Grammar:
     assistant_first: bool
     tools: bool         # tool schemas, calls and results
     thoughts: bool      # a `reasoning_content` of its own
-    history: str        # why an earlier turn cannot be trained in place, or ''
+    history: str        # why an earlier turn, with thoughts or without, cannot be trained in place, or ''
     end: str            # what it writes after an answer
+
+def _opening(asked, bare, eos):
+    "What a template writes for the assistant to go on from; without it, it may end the text"
+    if not asked.startswith(bare): bare = commonprefix([asked, bare.removesuffix(eos)])
+    return asked[len(bare):]
 
 def grammar(tok # tokenizer with a chat template
            ):   # `Grammar`
@@ -410,11 +416,14 @@ def grammar(tok # tokenizer with a chat template
         try: text = render(tok, list(messages), tools=tools)
         except FtkitError: return False
         return all(text.count(w) >= n for w,n in words.items())
-    try: history = spans(tok, [ask, answer, ask, answer]) and ''
+    thought = [said('assistant', 'ANSWERED', reasoning_content='THOUGHT'),
+               said('assistant', '<think>THOUGHT</think>ANSWERED')]
+    shown = [answer, *[turn for turn in thought if shows(dict(THOUGHT=1), ask, turn)][:1]]
+    try: history = [spans(tok, [ask, turn, ask, turn]) for turn in shown] and ''
     except FtkitError as e: history = str(e)
     try: end = render(tok, [ask, answer]).split('ANSWERED')[-1]
     except FtkitError: end = ''
-    try: prompt = render(tok, [ask], True).removeprefix(render(tok, [ask]))
+    try: prompt = _opening(*(render(tok, [ask], add) for add in (True, False)), tok.eos_token or '')
     except FtkitError: prompt = ''
     return Grammar(
         prompt=prompt,
@@ -423,7 +432,7 @@ def grammar(tok # tokenizer with a chat template
         assistant_first=shows(dict(ANSWERED=2), answer, ask, answer),
         tools=shows(dict(CALLED=2, SCHEMA=1, GIVEN=1), ask, said('assistant', '', tool_calls=[call]),
                     said('tool', 'GIVEN', name='CALLED', tool_call_id='call00001'), answer, tools=[tool]),
-        thoughts=shows(dict(THOUGHT=1), ask, said('assistant', 'ANSWERED', reasoning_content='THOUGHT')),
+        thoughts=shows(dict(THOUGHT=1), ask, thought[0]),
         history=history, end=end)
 
 # %% ../nbs/11_chat.ipynb #b9fe1226

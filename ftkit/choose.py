@@ -232,7 +232,8 @@ def _range(id, what, low, high, small, large, method, gb=2**30):
     "GB, from a row of 512 tokens of the smaller model to two of 2,048 of the larger one"
     least,most = (estimate(m, method, n, k, checkpointing=True).allocated/gb for m,n,k in (
         (small, 512, 1), (large, 2048, 2)))
-    return Claim(id, what, f'{low} to {high} GB', f'{least:.1f} to {most:.1f} GB', _verdict(low, high, least, most))
+    unit = 'GiB' if gb == 2**30 else 'GB'
+    return Claim(id, what, f'{low} to {high} GB', f'{least:.1f} to {most:.1f} {unit}', _verdict(low, high, least, most))
 
 def _several(id, what, says, model, method, *settings):
     "Is one GPU of 80 GB not enough, in each setting?"

@@ -737,9 +737,12 @@ CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in t
      lambda s, gpu: s['method'] != 'full' and s['reference'] == 'copy' and dict(reference='adapter')),
     ("the reference ahead of time", lambda s, gpu: s['objective'] in KINDS and s['method'] == 'full'
      and s['reference'] != 'precomputed' and dict(reference='precomputed')),
-    ("gradient checkpointing, for about a third more time",
+    ("gradient checkpointing, for a quarter to a half more arithmetic",
      lambda s, gpu: not s['checkpointing'] and dict(checkpointing=True)),
-    ("rows one by one, with accumulation", lambda s, gpu: s['batch'] > 1 and dict(batch=1)),
+    ("rows one by one, with accumulation",
+     lambda s, gpu: s['method'] != 'full' and s['batch'] > 1 and dict(batch=1)),
+    ("a step of one row, as accumulation keeps all gradients", # of a whole model, beside the next row
+     lambda s, gpu: s['method'] == 'full' and s['batch'] > 1 and dict(batch=1)),
     ("fewer answers at once", lambda s, gpu: (s['answers'] or 1) > 1 and dict(answers=1)),
     ("states in eight bits", lambda s, gpu: s['optim'] in ADAMW and not _is_split(s) and dict(optim='adamw_8bit')),
     ("an adapter", lambda s, gpu: s['method'] == 'full' and dict(

@@ -32,7 +32,9 @@ _green,_grey = '#b7e4c7','#e5e7eb'
 _colour = dict(system='#d97706', user='#2563eb', assistant='#2d6a4f', tool='#9333ea')
 _border = '<div style="border-top:2px dashed #b91c1c;margin:6px 0"></div>'
 
-def _visible(text): return text.replace('\n', '⏎').replace('\t', '⇥').replace(' ', '·') or '∅'
+_signs = {i: 0x2400+i for i in range(32)} | {127: 0x2421, ord('\n'): '⏎', ord('\t'): '⇥'} # of control characters
+
+def _visible(text): return text.translate(_signs).replace(' ', '·') or '∅'
 
 @lru_cache(maxsize=1)
 def _byte_of():
@@ -113,7 +115,7 @@ def template_diff(tok,      # tokenizer whose own template is one of the two
     at = len(pieces[0][0]) if pieces and not pieces[0][2] else 0
     note = 'the same text' if texts[0] == texts[1] else (
         f'places that differ: {sum(d for *_,d in pieces)}, the first at character {at}; '
-        f'{len(ids[0])} and {len(ids[1])} tokens, the first {same} alike')
+        f'{len(ids[0])} and {len(ids[1])} tokens, {f"the first {same} alike" if same else "unlike from the first on"}')
     red = '<span style="background:#fecaca;color:#111">{}</span>'
     mark = lambda text, differs: (red if differs else '{}').format(escape(_visible(text)))
     lines = [''.join(mark(p[k], p[2]) for p in pieces if p[k]) for k in (0, 1)]
@@ -192,7 +194,7 @@ def nf4_picture(weight,      # matrix
                ):            # matplotlib figure
     "Scaled weights with the levels they are rounded to, and the errors"
     from ftkit.nf4 import levels, quantization_error, quantize
-    weight = weight.detach()
+    weight = weight.detach().cpu()
     error,share = quantization_error(weight, kind, block, double)
     q = quantize(weight, kind, block, double)
     n = weight.numel()//block*block
@@ -245,7 +247,8 @@ def _line(ax, log, name, half_life):
     train,held = [(s, v) for s,v in seen(name)],seen(f'eval_{name}')
     if train:
         steps,values = zip(*train)
-        ax.plot(steps, _running_mean(values, half_life), color=color, lw=2, label=name.split('/')[-1])
+        label = 'rejected' if 'rejected' in name else 'preferred' if 'chosen' in name else name.split('/')[-1]
+        ax.plot(steps, _running_mean(values, half_life), color=color, lw=2, label=label)
     if held: ax.plot(*zip(*held), 'o', color=color, mfc='white')
     return bool(train or held)
 
@@ -378,7 +381,7 @@ def before_after(before, # `Score` of the base model
     rows = [(group, f'{a[group]:.0%}', f'{b[group]:.0%}') for group in a]
     rows.append(('all', f'{before.accuracy:.1%}', f'{after.accuracy:.1%}'))
     return table(('right answers', 'before', 'after'), rows,
-                  'exact match on {} held-out questions; 95% interval after: {:.1%} to {:.1%}'.format(
+                  '{} held-out questions; 95% interval after: {:.1%} to {:.1%}'.format(
                       len(after.correct), *after.interval))
 
 # %% ../nbs/70_show.ipynb #9276cc10

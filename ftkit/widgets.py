@@ -265,13 +265,18 @@ def memory_lab(model,     # a config, as in `ftkit.memory.read_config`
     "Turn method, length, batch and the rest, and see what a step needs beside what GPUs have"
     from ftkit import memory
     start = memory.estimate(model, **memory.usual(**settings))
-    if still(): return memory_bars(start, GPUS)
+    def picture(needs):
+        figure,s = memory_bars(needs, GPUS),needs.setting
+        saved = ', checkpointing'*bool(s['checkpointing'])
+        figure.axes[0].set_title(f"{s['method']}, {s['batch']} x {s['length']:,} tokens{saved}", fontsize=9, pad=16)
+        return figure
+    if still(): return picture(start)
     import ipywidgets as w
     now = start.setting
     choice = {name: w.Dropdown(options=options, value=now[name]) for name,options in dict(
         method=memory.METHODS, attention=memory.ATTENTIONS, objective=memory.OBJECTIVES, loss=memory.LOSSES,
         optim=memory.OPTIMS).items()}
-    return lab(lambda **knobs: memory_bars(memory.estimate(model, **memory.usual(**settings | knobs)), GPUS),
+    return lab(lambda **knobs: picture(memory.estimate(model, **memory.usual(**settings | knobs))),
                'memory of a step', length=power(now['length'], 8, 16), batch=power(now['batch'], 0, 7), **choice,
                checkpointing=w.Checkbox(bool(now['checkpointing'])))
 

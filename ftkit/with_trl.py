@@ -97,4 +97,8 @@ def trl_trainer(objective,     # a key of `TRL`
         def tokenize_row(self, feature, model=None): return feature
 
     more |= dict(train_dataset=trl_rows(train_dataset, objective), eval_dataset=trl_rows(eval_dataset, objective))
-    return Prepared(model, args=arguments.func(config, options), processing_class=tok, callbacks=[*callbacks], **more)
+    made = Prepared(model, args=arguments.func(config, options), processing_class=tok, callbacks=[*callbacks], **more)
+    # TRL narrows the adapters of a 4-bit model to bf16, which fp16's scaler cannot train
+    narrow = [p for p in model.parameters() if p.requires_grad] if getattr(model, 'is_loaded_in_4bit', False) else []
+    for p in narrow: p.data = p.data.float()
+    return made
