@@ -339,7 +339,7 @@ class Model(NamedTuple):
 MODELS = [
     Model('Qwen/Qwen2.5-0.5B', .5, 'Apache 2.0', True, 'its model card'),
     Model('Qwen/Qwen2.5-3B', 3.1, 'Qwen Research', False, 'its model card'),
-    Model('HuggingFaceTB/SmolLM3-3B', 3.1, 'Apache 2.0', True, 'its model card'),
+    Model('HuggingFaceTB/SmolLM3-3B-Base', 3.1, 'Apache 2.0', True, 'its model card'),
     Model('mistralai/Mistral-7B-v0.3', 7.2, 'Apache 2.0', True, 'its model card'),
     Model('meta-llama/Llama-3.1-8B', 8.0, 'Llama 3.1 Community', True, _G(717)),
     Model('Qwen/Qwen3-8B-Base', 8.2, 'Apache 2.0', True, 'its model card'),

@@ -180,6 +180,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            gpu:str=None,           # a key of ftkit.memory.GPUS, such as t4, 4090 or a100; several by default
            length:int=2048,        # tokens of a row
            batch:int=1,            # rows that go through the model at once
+           accumulation:int=1,     # batches of a step
            objective:str='sft',    # sft, reward, dpo, kto, orpo, cpo, simpo, grpo or ppo
            answers:int=None,       # of grpo and ppo: how many are sampled at once
            r:int=16,               # rank of the adapter
@@ -199,8 +200,9 @@ def memory(model:str,              # folder, Hub id, or "embedded"
     for name in filter(None, [gpu]): _gpu(name) # refuse one that is none before the model is looked for
     _quiet()
     config,shown = _model_config(model),None
-    said = _set(method, r, targets, autocast, checkpointing, length=length, batch=batch, objective=objective,
-                dtype=dtype, attention=attention, optim=optim, loss=loss, answers=answers, gpus=gpus, sharding=sharding)
+    said = _set(method, r, targets, autocast, checkpointing, length=length, batch=batch, accumulation=accumulation,
+                objective=objective, dtype=dtype, attention=attention, optim=optim, loss=loss, answers=answers,
+                gpus=gpus, sharding=sharding)
     for name in [gpu] if gpu else SHOWN:
         s = usual(name, **said)
         if s != shown: needs,shown = _needs(config, s, trace),s

@@ -10,7 +10,7 @@ Docs: https://ftkit.github.io/ftkit/layers.html.md"""
 
 # %% auto #0
 __all__ = ['Net', 'norm', 'adapted', 'copied', 'rope', 'repeated', 'fused_attention', 'all_scores', 'shown_scores', 'attention',
-           'mlp', 'experts', 'decoder', 'plain_loss', 'chunked_loss', 'Unit', 'entered', 'left']
+           'mlp', 'experts', 'decoder', 'plain_loss', 'chunks', 'chunked_loss', 'Unit', 'entered', 'left']
 
 # %% ../nbs/05_layers.ipynb #1d2790c6
 from dataclasses import dataclass
@@ -285,8 +285,10 @@ def _likelihood(logits):
     return made([wide], lambda grad: [grad.beside(shape, shape=shape)], [wide.new()], shape=(1,))
 
 # %% ../nbs/05_layers.ipynb #9f909a7a
-def _sizes(n, chunk=256):
-    "Of the first chunks; the others are as these"
+def chunks(n,        # tokens that are scored
+           chunk=256 # of them at a time
+          ):         # list of sizes
+    "The first chunks; the others are as these"
     return [min(chunk, n-k) for k in range(0, min(n, 3*chunk), chunk)]
 
 def _chunk(x, head, m, net):
@@ -307,7 +309,7 @@ def _frozen_head(x, head, n, net):
     (shape,width,node),t = (x.shape, x.width, x.node),x.tape
     slope = [x.new((n, shape[1]), head.width)] if node else []
     bare,last,bend = x.bare(),None,None
-    for m in _sizes(n):
+    for m in chunks(n):
         with t.calling('logits'):
             logits = _chunk(bare, head, m, net)
             if net.head_cap: bend = each(each(each(logits)))
@@ -329,7 +331,7 @@ def _trained_head(x, head, n, net):
         return one
     whole = x.shape
     x = made([x], lambda grad: [grad.new(whole)], block=x.block) # cut into chunks
-    parts = [checkpoint(part(m), x) for m in _sizes(n)]
+    parts = [checkpoint(part(m), x) for m in chunks(n)]
     shapes = [p.shape for p in parts]
     return [made(parts, lambda grad: [grad.new(s) for s in shapes], shape=(n,))]
 

@@ -23,7 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from .core import FtkitError
-from .layers import Net, Unit, chunked_loss, decoder, entered, left, norm, plain_loss
+from .layers import Net, Unit, chunked_loss, chunks, decoder, entered, left, norm, plain_loss
 from .tape import Node, Tape, backward, checkpoint, each, linear, made, weight
 
 # %% ../nbs/06_memory.ipynb #07d20629
@@ -376,6 +376,7 @@ def _through(tape, c, s, layers, windowed):
     head = table if _tied(c) and not scored else weight(tape, *table.shape, width=other, trained=full)
     lora = [] if full else adapter_parts(_layer(c, FAMILIES[c['model_type']]), **s['lora'])
     gain,tied = weight(tape, hidden, width=other, trained=full),head is table
+    if full: tape.parts[head.node] = tied + (1 if scored or _whole_logits(s) else len(chunks(n)))
     last = _unit(tape, s, [gain] if scored else [gain, head], None, True)
     first = last if tied else _unit(tape, s, [table], None)
     if last and not tied and _passed(s):
@@ -399,9 +400,11 @@ def _through(tape, c, s, layers, windowed):
     if s['objective'] != 'sft' or s['loss'] == 'ftkit': tape.piece = None # the model is left before there is a loss
     return _lost(x, head, n, net, s, width if full else 4, last), last if tied else first
 
+def _whole_logits(s): return s['objective'] == 'sft' and s['loss'] != 'ftkit'
+
 def _lost(x, head, n, net, s, width, unit):
     "The loss of an objective"
-    if s['objective'] == 'sft' and s['loss'] != 'ftkit': return plain_loss(x, head, net, s['loss'] == 'kept', unit)
+    if _whole_logits(s): return plain_loss(x, head, net, s['loss'] == 'kept', unit)
     if s['objective'] == 'sft': return chunked_loss(x, head, n, net)
     if s['objective'] != 'reward': return chunked_loss(_picked(x, n), head, n, net)
     return [linear(_picked(x, 2*s['batch']), weight(x.tape, 1, x.shape[1], width=width, trained=True))]
@@ -410,6 +413,7 @@ def _lost(x, head, n, net, s, width, unit):
 def _peaks(c, s, layers, windowed):
     "The most bytes of each kind in each part of a step of a model of so many layers"
     tape = Tape(WIDTHS[s['autocast']] if s['autocast'] else None)
+    tape.adds = s['accumulation'] > 1
     loss,late = _through(tape, c, s, layers, windowed)
     tape.casts,tape.piece,tape.kind,tape.phase = {},None,'backward','backward'
     backward(loss[0])
@@ -498,12 +502,14 @@ def _asked(s):
     for name,values in known.items():
         if s[name] not in [*values]: raise FtkitError(
             f"{name} '{s[name]}' is unknown: use one of {', '.join(map(str, values))}")
-    numbers = length,batch,gpus,workspace = [s[n] for n in ('length', 'batch', 'gpus', 'workspace')]
+    names = 'length', 'batch', 'accumulation', 'gpus', 'workspace'
+    numbers = length,batch,several,gpus,workspace = [s[n] for n in names]
     answers = 1 if s['answers'] is None else s['answers']
     whole = all(type(n) is int for n in (*numbers, answers)) and answers > 0
     if s['answers'] is not None and s['objective'] not in RL: raise FtkitError(f"{s['objective']} samples no answers")
-    if not whole or length < 2 or min(batch, gpus) < 1 or workspace < 0: raise FtkitError(
-        f'length={length}, batch={batch}, gpus={gpus}, workspace={workspace}: must be whole numbers, large enough')
+    if not whole or length < 2 or min(batch, several, gpus) < 1 or workspace < 0: raise FtkitError(
+        ', '.join(f'{n}={x}' for n,x in zip(names, numbers)) + ': must be whole numbers, large enough')
+    if several > 1 and gpus > 1: raise NotCounted('accumulation on several GPUs is not counted')
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise NotCounted(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
     if _is_split(s) and s['sharding'] == 'fsdp' and s['optim'] in ('adafactor', *EIGHT): raise FtkitError(
@@ -562,7 +568,7 @@ def _stays(s, found, trained, width):
     stays = dict(weights=weight_bytes(mine, s['dtype'], four, s['double_quant'], s['upcast']), adapter=adapter,
                  states=state_bytes(part, s['optim'], width), workspace=s['workspace'], gradients=0,
                  reference=weight_bytes(_share(found, n) if how in UNITS else found, s['dtype']) if _copies(s) else 0)
-    if n > 1 and how == 'ddp': stays['gradients'] = count(trained)
+    if n > 1 and how == 'ddp' or s['accumulation'] > 1: stays['gradients'] = count(trained)
     if _is_split(s) and _copies(s): stays['gathered'] = found[0].size*WIDTHS[s['autocast'] or s['dtype']] # its head
     if n > 1 and how in ZEROS: # a flat part, with its weights in 32 bits, whatever they have otherwise
         flat = [Part('flat', (_up(sum(p.size for p in trained), n),))]
@@ -596,6 +602,7 @@ def estimate(model,                # as in `read_config`
              upcast=False,         # 32 bits for what is not quantised, as `prepare_model_for_kbit_training` does
              gpus=1,               # among which training is shared
              sharding='fsdp',      # how, with several: one of `SHARDINGS`
+             accumulation=1,       # batches of a step: from the second on, gradients are there already
              workspace=WORKSPACE   # bytes that cuBLAS takes
             ):                     # `Estimate`
     "The memory of a training step on a GPU, counted from a config; the arguments are those of `simulate`"
@@ -606,8 +613,8 @@ def estimate(model,                # as in `read_config`
     if not full: trained,width = adapter_parts(found, **s['lora']) + [p for p in found if p.name == 'score'],4
     stays,grads,step = _stays(s, found, trained, width)
     ahead = dict(sampling=_sampled(c, s)) if objective in RL else {}
-    phases = ahead | _passes(c, s) | {'clipping': dict(gradients=grads)} | {
-        'the optimizer': dict(gradients=grads, optimizer=step)}
+    late = {} if stays['gradients'] and accumulation > 1 else dict(gradients=grads)
+    phases = ahead | _passes(c, s) | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
     return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']),
                     {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()})
 
@@ -634,7 +641,8 @@ def how(setting # of an `Estimate` or a `Simulation`
     sampled = f" ({s['answers'] or s['batch']} sampled at once)" if s['objective'] in RL else ''
     words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else sampled),
              *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
-             f"{s['batch']} x {s['length']:,} tokens", f"{s['dtype']} weights",
+             f"{s['batch']} x {s['length']:,} tokens" + f", {s['accumulation']} times"*(s['accumulation'] > 1),
+             f"{s['dtype']} weights",
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
              'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim'],
              *([f"reference: {s['reference']}"] if s['reference'] else []), *(['upcast'] if s['upcast'] else [])]
@@ -739,10 +747,9 @@ CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in t
      and s['reference'] != 'precomputed' and dict(reference='precomputed')),
     ("gradient checkpointing, for a quarter to a half more arithmetic",
      lambda s, gpu: not s['checkpointing'] and dict(checkpointing=True)),
-    ("rows one by one, with accumulation",
-     lambda s, gpu: s['method'] != 'full' and s['batch'] > 1 and dict(batch=1)),
-    ("a step of one row, as accumulation keeps all gradients", # of a whole model, beside the next row
-     lambda s, gpu: s['method'] == 'full' and s['batch'] > 1 and dict(batch=1)),
+    ("rows one by one, with accumulation", lambda s, gpu: s['gpus'] == 1 and s['batch'] > 1 and dict(
+        batch=1, accumulation=s['batch']*s['accumulation'])),
+    ("rows one by one", lambda s, gpu: s['gpus'] > 1 and s['batch'] > 1 and dict(batch=1)),
     ("fewer answers at once", lambda s, gpu: (s['answers'] or 1) > 1 and dict(answers=1)),
     ("states in eight bits", lambda s, gpu: s['optim'] in ADAMW and not _is_split(s) and dict(optim='adamw_8bit')),
     ("an adapter", lambda s, gpu: s['method'] == 'full' and dict(

@@ -512,10 +512,8 @@ def _named(m, net):
         for hook in both: hook.remove()
 
 # %% ../nbs/45_simulate.ipynb #2d9d8dff
-def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None):
-    "One step, phase by phase"
-    import torch
-    params,batch = [p for group in optimizer.param_groups for p in group['params']],batch
+def _pass(m, model, loss, batch, cast, ahead):
+    "There and back"
     for phase,f in (ahead or {}).items():
         m.phase,batch = phase,dict(batch)
         with cast(): f(batch)
@@ -523,7 +521,14 @@ def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None):
     with cast(): found = loss(model, batch)
     m.phase = 'backward'
     (found[0] if isinstance(found, tuple) else found).backward()
-    m.name([p.grad for p in params if p.grad is not None], 'gradients')
+
+def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None, passes=1):
+    "One step, phase by phase; more than two passes take no more than two"
+    import torch
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    for _ in range(min(passes, 2)):
+        _pass(m, model, loss, batch, cast, ahead)
+        m.name([p.grad for p in params if p.grad is not None], 'gradients')
     m.phase = 'clip'
     if clip: torch.nn.utils.clip_grad_norm_(params, 1.)
     m.phase = 'optimizer'
@@ -819,7 +824,7 @@ def _preference(objective, net):
 # %% ../nbs/45_simulate.ipynb #d527994a
 METHODS,ATTENTIONS = ('full', 'lora', 'qlora'), ('sdpa', 'flash', 'efficient', 'eager')
 
-def _check(length, batch, workspace, objective, method, upcast, lora, gpus, answers, **setting):
+def _check(length, batch, accumulation, workspace, objective, method, upcast, lora, gpus, answers, **setting):
     "Refuse what does not exist, or does not go together"
     known = dict(dtype=DTYPES, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS, optim=OPTIMS,
                  reference=(None, *REFERENCES), loss=LOSSES, checkpointing=(False, True, 'reentrant'),
@@ -833,10 +838,13 @@ def _check(length, batch, workspace, objective, method, upcast, lora, gpus, answ
     if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
         "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
     if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
-    whole = all(type(n) is int for n in (length, batch, workspace, gpus, 1 if answers is None else answers))
+    whole = all(type(n) is int for n in (length, batch, accumulation, workspace, gpus, answers or 1))
+    if whole and accumulation > 1 and gpus > 1: raise FtkitError('accumulation on several GPUs is not traced')
     if not whole or workspace < 0 or not 0 < gpus < 2**16 or answers is not None and answers < 1: raise FtkitError(
-        f'length={length}, batch={batch}, answers={answers}, gpus={gpus}, workspace={workspace}: must be whole numbers')
-    if min(length - (objective != 'sft'), batch) < 1: raise FtkitError(f'length={length}, batch={batch}: too small')
+        f'length={length}, batch={batch}, accumulation={accumulation}, answers={answers}, gpus={gpus}, '
+        f'workspace={workspace}: must be whole numbers')
+    if min(length - (objective != 'sft'), batch, accumulation) < 1: raise FtkitError(
+        f'length={length}, batch={batch}, accumulation={accumulation}: too small')
     if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
     if lora and method == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
 
@@ -858,6 +866,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              upcast=False,         # 32 bits for what is not quantised, as `prepare_model_for_kbit_training` does
              gpus=1,               # among which training is shared
              sharding='fsdp',      # how, with several: one of `SHARDINGS`
+             accumulation=1,       # batches of a step: from the second on, gradients are there already
              clip=True,            # gradients
              workspace=WORKSPACE   # bytes that cuBLAS takes
             ):                     # `Simulation`
@@ -881,6 +890,6 @@ def simulate(model,                # a config of transformers, a folder or a Hub
         optimizer,made = _optimizer(optim, trained, net, m),_fake(rows, m)
         ahead,loss_of = _ahead(setting, net, copy, how, critic),_loss_of(setting, net, critic, how)
         with m, _named(m, net):
-            for _ in range(2): _step(m, net, optimizer, loss_of, made, cast, clip, ahead)
+            for _ in range(2): _step(m, net, optimizer, loss_of, made, cast, clip, ahead, accumulation)
         events = [*m.events]
     return Simulation(setting, events, m.kinds, config.get_text_config().vocab_size, workspace)

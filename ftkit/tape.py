@@ -28,6 +28,7 @@ class Tape:
         self.live,self.kinds,self.peaks,self.phase,self.kind = 0,{},{},'forward','activations'
         self.part,self.order,self.frame,self.grads = 'model',0,None,{}
         self.piece,self.asked,self.sums = None,{},None # of weights that are shared among GPUs
+        self.adds,self.parts = False,{} # are there gradients of earlier rows? leaf -> in how many parts a new one comes
 
     def count(self, size, kind):
         "So many bytes more of a kind, or fewer"
@@ -144,12 +145,18 @@ def _arrive(tape, node, grad, waiting, todo):
         heapq.heappush(todo, node)
 
 def _give(tape, leaf, grad):
-    "To a weight"
+    "To a weight; where there are gradients of earlier rows, it is added to them and gone"
     if leaf in tape.grads: grad = grad.new()
+    if tape.adds: return _add_up(tape, leaf, grad)
     tape.grads[leaf],block = grad,grad.block
     tape.count(-block.size, block.kind)
     block.kind = 'gradients'
     tape.count(block.size, 'gradients')
+
+def _add_up(tape, leaf, grad):
+    tape.parts[leaf] = tape.parts.get(leaf, 1) - 1
+    if tape.parts[leaf]: tape.grads[leaf] = grad # wait for the others
+    else: tape.grads.pop(leaf, None)
 
 # %% ../nbs/04_tape.ipynb #023553ba
 class _Again(Exception): "All that is needed has been made again"

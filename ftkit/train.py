@@ -93,9 +93,10 @@ def _tokens(inputs):
     mask = inputs['tree'] >= 0 if 'tree' in inputs else inputs.get('attention_mask')
     return mask.sum() if mask is not None and mask.dim() == 2 else inputs['input_ids'].numel()
 
-def _no_fsdp(model):
-    if type(model).__name__.startswith(('FSDP', 'FullySharded')): raise FtkitError(
-        "FSDP: our loss has not been shown to be right there: train on one GPU, by DDP, or with engine='trl'")
+def _no_fsdp(model, shared=False):
+    if shared or type(model).__name__.startswith(('FSDP', 'FullySharded')): raise FtkitError(
+        'FSDP: our loss has not been shown to be right there, and a run is saved by its first process alone: train on '
+        "one GPU, by DDP, or with TRL's own trainers")
 
 def _shape(inputs):
     "(rows, tokens of a row) of a batch"
@@ -350,6 +351,7 @@ def _tried(make, train_dataset, **kwargs):
     no_bars()
     if not any(p.requires_grad for p in trainer.model.parameters()): raise FtkitError(
         "no weight is trained: load_model(adapter='lora'), or load_tuned(trainable=True)")
+    _no_fsdp(trainer.model, 'FSDP' in str(trainer.accelerator.distributed_type))
     if not isinstance(trainer, _Sums): return trainer
     model,training = trainer.model,trainer.model.training
     model.eval()
@@ -377,6 +379,7 @@ def _setting(trainer, objective):
     found = dict(method='full' if not adapter else 'qlora' if four else 'lora', dtype=kind, batch=batch, length=length,
                  autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None, optim=str(args.optim.value),
                  objective=objective, checkpointing=bool(model.is_gradient_checkpointing))
+    if args.world_size == 1: found['accumulation'] = args.gradient_accumulation_steps
     if attention: found['attention'] = attention
     layers = sorted({n.split('.')[-1] for n in adapter.target_modules}) if adapter else None
     if adapter: found['lora'] = dict(r=adapter.r, target_modules=layers)

@@ -82,7 +82,10 @@ FEW = [dict(gpus=8, method='full', dtype='fp32', autocast='bf16', checkpointing=
        dict(objective='grpo', method='full', dtype='fp32', autocast='bf16', answers=64, checkpointing=True),
        dict(objective='grpo', attention='eager', answers=64), dict(objective='grpo', answers=999, length=60),
        dict(objective='kto', gpus=8, reference='precomputed'), dict(objective='grpo', gpus=4, method='full'),
-       dict(objective='reward', gpus=2, method='full', dtype='fp32', autocast='bf16', optim='sgd')]
+       dict(objective='reward', gpus=2, method='full', dtype='fp32', autocast='bf16', optim='sgd'),
+       dict(accumulation=4), dict(method='full', accumulation=3), dict(method='full', accumulation=2, objective='dpo'),
+       dict(method='full', accumulation=2, loss='plain', checkpointing=True, optim='adamw_torch'),
+       dict(method='full', dtype='fp32', autocast='bf16', accumulation=2), dict(accumulation=2, objective='grpo')]
 
 def test_a_cache_of_windows():
     "Keeps no more than they show"
@@ -331,6 +334,16 @@ def test_one_layer_and_two():
     for s in (dict(), dict(method='full'), dict(checkpointing=True)):
         assert of(1, **s) < of(2, **s) < of(3, **s)
         assert of(5, **s) - of(4, **s) == of(7, **s) - of(6, **s)
+
+def test_accumulation_keeps_the_gradients():
+    "One by one may be dearer than two at once, and what would have to change knows it"
+    full = dict(method='full', dtype='fp32', checkpointing=True)
+    one,twice,two = (estimate(LLAMA8, **full, **s) for s in ({}, dict(accumulation=2), dict(batch=2)))
+    assert two.allocated < twice.allocated <= one.allocated + one.kept.gradients
+    assert estimate(LLAMA8, **full, accumulation=9).phases == twice.phases
+    found = changes(LLAMA8, 'l4', batch=8, length=2048)
+    assert 'accumulation' in str(found) and found[-1].fit.verdict == 'fits'
+    assert 'accumulation' not in str(changes(LLAMA8, 'h200', method='full', batch=2, length=2048))
 
 def test_names_are_those_of_simulate():
     "The same arguments, in the same order, but for what only the trace knows"

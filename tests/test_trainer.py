@@ -159,6 +159,24 @@ def test_fsdp_is_refused(tmp_path):
     model.__class__ = type(f'FSDP{type(model).__name__}', (type(model),), {}) # as fully_shard does
     with pytest.raises(FtkitError, match='FSDP'): train(model, tok, data_for('sft'), 'sft', tmp_path/'run', max_steps=1)
 
+@pytest.mark.parametrize('engine', ['ftkit', 'trl'])
+def test_fsdp_of_accelerate_is_refused_before_the_run(tmp_path, monkeypatch, engine):
+    "TRL's steps would pass, and its end not be written: the first process alone has a part of the weights"
+    from accelerate import Accelerator
+    from ftkit import train as module
+    make = module._maker
+    def shared(*args):
+        def made(**kwargs):
+            trainer = make(*args)(**kwargs)
+            monkeypatch.setattr(Accelerator, 'distributed_type', property(lambda self: 'DistributedType.FSDP'))
+            return trainer
+        return made
+    monkeypatch.setattr(module, '_maker', shared)
+    model,tok = start('sft')
+    with pytest.raises(FtkitError, match='saved by its first process alone'):
+        train(model, tok, data_for('sft'), 'sft', tmp_path/'run', max_steps=1, engine=engine)
+    assert not (tmp_path/'run'/'run.json').exists()
+
 def test_a_plain_head_of_fsdp():
     "Is one; a head with an adapter, whose class is called the same, is not"
     from peft.tuners.lora import Linear
