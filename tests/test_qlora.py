@@ -1,4 +1,5 @@
 "QLoRA on a CPU: the first tutorial's task with the frozen weights in four bits, and both ways to merge the result"
+import torch
 from ftkit.core import Device, profile
 from ftkit.evaluate import exact_match
 from ftkit.models import load_model, load_tokenizer, load_tuned, merge
@@ -19,6 +20,8 @@ def test_qlora_gains_what_lora_gains_and_merges_best_into_what_it_saw(tmp_path, 
         gain[adapter] = accuracy(model, tok) - before
     print({a: f'{g:.1%}' for a,g in gain.items()})
     assert gain['lora'] > .8 and gain['qlora'] >= .9*gain['lora']
+    checkpoint = next((tmp_path/'qlora').glob('checkpoint-*'))
+    assert load_tuned(checkpoint)[1].is_loaded_in_4bit # as it was trained, though only the run says so
     scores = {}
     for route in ('base', 'dequantized'):
         done = merge(tmp_path/'qlora', tmp_path/route, route=route)
@@ -26,3 +29,10 @@ def test_qlora_gains_what_lora_gains_and_merges_best_into_what_it_saw(tmp_path, 
     print(scores, done)
     assert done.distance['dequantized'] < done.distance['base']/3
     assert abs(scores['dequantized'] - gain['qlora']) < .03
+
+def test_trl_trains_adapters_of_four_bits_in_32(tmp_path):
+    "It narrows them to bf16 itself, which fp16 cannot train"
+    tok = load_tokenizer('embedded')
+    model = load_model('embedded', tok, 'qlora', 'fp32', trainable_token_indices=None)
+    log = train(model, tok, rows(16), out=tmp_path/'run', engine='trl', max_steps=1, per_device_train_batch_size=2).log
+    assert log and {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
