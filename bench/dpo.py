@@ -10,7 +10,7 @@ per side, and how many tokens each puts through the model; kept in bench/results
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
 import json, subprocess, sys, tempfile, time
-from machine import keep
+from machine import DATA, keep
 from sft import DEVICE, GPU, PRECISION, SHARED, STEPS, adapted, peak, rate, tokenizer
 
 LENGTH,BATCH = (1024, 16) if GPU else (512, 4)
@@ -79,7 +79,7 @@ def main(steps=STEPS, rounds='2'):
     faster,memory = theirs['seconds']/ours['seconds'],ours['peak']/theirs['peak']
     print(f"{faster:.2f} times TRL's pairs/s, {memory:.2f} of its memory; {tokens:,.0f} tokens a step instead of "
           f'{padded:,.0f}; {flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s')
-    keep('dpo', sides=sides, flops=flops, rate=limit, tokens=tokens, padded=padded, pairs=BATCH)
+    keep('dpo', sides=sides, flops=flops, rate=limit, tokens=tokens, padded=padded, pairs=BATCH, data=DATA)
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], int(sys.argv[2]), sys.argv[3])

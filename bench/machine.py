@@ -5,6 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent/'results'
+SHARED = RESULTS.parents[2]/'shared'
+DATA = 'the shared data sets' if SHARED.is_dir() else "ftkit's own tasks"
 PACKAGES = 'torch', 'transformers', 'peft', 'trl', 'datasets', 'tokenizers', 'bitsandbytes'
 
 def conditions():

@@ -4,7 +4,8 @@
 
 In turns, the best of five. Prints one line per figure, kept in bench/results/nf4.json.
 """
-import sys, time
+import os, sys, time
+os.environ['OMP_NUM_THREADS'] = sys.argv[2] if sys.argv[2:] else '1' # bitsandbytes has threads of its own
 import torch
 import bitsandbytes.functional as BF
 from machine import keep
@@ -34,6 +35,6 @@ def main(millions='100', threads='1'):
             figures.append(dict(what=name, dtype=str(dtype), threads=int(threads), ftkit=a, bitsandbytes=b, times=b/a))
             print(f'{name} {w.numel()/1e6:.0f} M weights of {str(dtype)[6:]}, {threads} threads: ftkit {a:.2f} s, '
                   f'bitsandbytes {b:.2f} s: {b/a:.2f} times as fast')
-    keep('nf4', runs=figures)
+    keep('nf4', weights=weight.numel(), runs=figures)
 
 if __name__ == '__main__': main(*sys.argv[1:])

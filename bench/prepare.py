@@ -12,7 +12,7 @@ import resource, subprocess, time
 from multiprocessing import get_context
 from pathlib import Path
 from datasets import concatenate_datasets
-from machine import keep
+from machine import DATA, keep
 from transformers import AutoTokenizer
 from ftkit.chat import render, set_template
 from ftkit.formats import as_dataset, load
@@ -78,11 +78,11 @@ def main(folder=str(SHARED/'datasets'), name=str(SHARED/'tokenizers'/'smollm2'),
     encode_dataset(tok, ds.select(range(100)))
     figures = dict(rows=n, tokenizer=Path(name).name)
     for p in (1, 2):
-        rounds = [(limit(texts, p), *timed(lambda: encode_dataset(tok, fresh(ds, f'{p}{k}'), num_proc=p)))
-                  for k in range(3)]
-        top,ours = (min(r[i] for r in rounds) for i in (0, 1))
-        trl,theirs = trl_preparation(tok, fresh(ds, f't{p}'), p)
-        same = all(a['input_ids'] == b['input_ids'] and a['labels'] == b['labels'] for a,b in zip(rounds[0][2], theirs))
+        rounds = [(limit(texts, p), *timed(lambda: encode_dataset(tok, fresh(ds, f'{p}{k}'), num_proc=p)),
+                   *trl_preparation(tok, fresh(ds, f't{p}{k}'), p)) for k in range(3)]
+        top,ours,trl = (min(r[i] for r in rounds) for i in (0, 1, 3))
+        _,_,mine,_,theirs = rounds[0]
+        same = all(a['input_ids'] == b['input_ids'] and a['labels'] == b['labels'] for a,b in zip(mine, theirs))
         figures[f'{p} processes'] = dict(limit=n/top, ftkit=n/ours, trl=n/trl, of_limit=top/ours, times_trl=trl/ours,
                                          same=same)
         print(f'{p} process(es): limit {n/top:,.0f} rows/s, ftkit {n/ours:,.0f} ({top/ours:.0%} of it), '
@@ -90,7 +90,7 @@ def main(folder=str(SHARED/'datasets'), name=str(SHARED/'tokenizers'/'smollm2'),
               f'(ftkit is {trl/ours:.1f} times as fast), same ids and labels: {same}')
     figures['memory'] = {rows: peak_memory(folder, name, rows) for rows in (n, 4*n)}
     print('most memory in MB by rows:', *(f'{rows:,}: {mb:,.0f}' for rows,mb in figures['memory'].items()))
-    keep('prepare', **figures)
+    keep('prepare', **figures, data=DATA)
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--memory']:

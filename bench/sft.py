@@ -13,7 +13,7 @@ os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_
 import json, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
-from machine import keep
+from machine import DATA, keep
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1]/'shared'/'data'
@@ -127,7 +127,7 @@ def main(steps=STEPS, rounds='2'):
     faster,memory = theirs['seconds']/ours['seconds'],ours['peak']/theirs['peak']
     print(f"{faster:.2f} times TRL's tokens/s, {memory:.2f} of its memory; "
           f'{flops/1e12:.2f} TFLOP a step, {limit/1e9:.0f} GFLOP/s, {trained:.0%} of the tokens trained')
-    keep('sft', sides=sides, flops=flops, rate=limit, trained=trained, tokens=BATCH*LENGTH)
+    keep('sft', sides=sides, flops=flops, rate=limit, trained=trained, tokens=BATCH*LENGTH, data=DATA)
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['ftkit'], ['trl']): one(sys.argv[1], int(sys.argv[2]), sys.argv[3])

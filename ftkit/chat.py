@@ -401,9 +401,17 @@ class Grammar:
 
 def _opening(asked, bare, eos):
     "What a template writes for the assistant to go on from; without it, it may end the text"
-    if not asked.startswith(bare): bare = commonprefix([asked, bare.removesuffix(eos)])
+    if not asked.startswith(bare): bare = re.sub(r'[<\[][^<>\[\]]*$', '', commonprefix([asked, bare.removesuffix(eos)]))
     return asked[len(bare):]
 
+def _in_place(tok, messages):
+    "Why turns cannot be trained where they stand, or ''"
+    try: text,found = spans(tok, messages)
+    except FtkitError as e: return str(e)
+    lost = left_out(messages, text, found)
+    return f'the chat template leaves out {lost[0]}: train one row per turn (per_turn=True)' if lost else ''
+
+# %% ../nbs/11_chat.ipynb #b7e3e500
 def grammar(tok # tokenizer with a chat template
            ):   # `Grammar`
     "Probe what a template accepts and shows"
@@ -419,8 +427,7 @@ def grammar(tok # tokenizer with a chat template
     thought = [said('assistant', 'ANSWERED', reasoning_content='THOUGHT'),
                said('assistant', '<think>THOUGHT</think>ANSWERED')]
     shown = [answer, *[turn for turn in thought if shows(dict(THOUGHT=1), ask, turn)][:1]]
-    try: history = [spans(tok, [ask, turn, ask, turn]) for turn in shown] and ''
-    except FtkitError as e: history = str(e)
+    history = next(filter(None, (_in_place(tok, [ask, turn, ask, turn]) for turn in shown)), '')
     try: end = render(tok, [ask, answer]).split('ANSWERED')[-1]
     except FtkitError: end = ''
     try: prompt = _opening(*(render(tok, [ask], add) for add in (True, False)), tok.eos_token or '')

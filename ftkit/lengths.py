@@ -134,7 +134,8 @@ class Cut:
         lost = f'{self.lost:,} of {self.tokens:,} tokens lost, {self.untaught:,} of them trained'
         said += [lost] if self.lost else []
         said += [f'{self.unended:,} rows lost the token that ends their answer'] if self.unended else []
-        said += [f'{self.dead:,} rows left out because nothing in them is trained'] if self.dead else []
+        left = 'pieces' if self.how == 'split' else 'rows'
+        said += [f'{self.dead:,} {left} left out because nothing in them is trained'] if self.dead else []
         return '; '.join(said)
 
 # %% ../nbs/13_lengths.ipynb #22885e8d

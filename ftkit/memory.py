@@ -376,7 +376,7 @@ def _through(tape, c, s, layers, windowed):
     head = table if _tied(c) and not scored else weight(tape, *table.shape, width=other, trained=full)
     lora = [] if full else adapter_parts(_layer(c, FAMILIES[c['model_type']]), **s['lora'])
     gain,tied = weight(tape, hidden, width=other, trained=full),head is table
-    if full: tape.parts[head.node] = tied + (1 if scored or _whole_logits(s) else len(chunks(n)))
+    if full: tape.parts[head.node] = tied + (1 if _whole_logits(s) else len(chunks(n))) # the table's own, too
     last = _unit(tape, s, [gain] if scored else [gain, head], None, True)
     first = last if tied else _unit(tape, s, [table], None)
     if last and not tied and _passed(s):
@@ -613,10 +613,11 @@ def estimate(model,                # as in `read_config`
     if not full: trained,width = adapter_parts(found, **s['lora']) + [p for p in found if p.name == 'score'],4
     stays,grads,step = _stays(s, found, trained, width)
     ahead = dict(sampling=_sampled(c, s)) if objective in RL else {}
-    late = {} if stays['gradients'] and accumulation > 1 else dict(gradients=grads)
+    late = {} if accumulation > 1 else dict(gradients=grads)
     phases = ahead | _passes(c, s) | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
-    return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']),
-                    {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()})
+    all_ = {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()}
+    if ahead and accumulation > 1: all_['sampling']['gradients'] = 0 # answers are sampled before the first batch
+    return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']), all_)
 
 # %% ../nbs/06_memory.ipynb #fd0c66ef
 OLD,HOPPER = ('t4',), ('h100', 'h200', 'b200') # without bf16 and flash-attn; with 32 MiB for cuBLAS
@@ -765,7 +766,8 @@ class Change(NamedTuple):
 
     def __repr__(self):
         if self.fit is None: return f'{self.text}: {self.why}'
-        saved = f'{self.saved/2**30:.2f} GiB less' if self.saved else 'nothing by itself, and needed with what follows'
+        less,more = f'{abs(self.saved)/2**30:.2f} GiB', 'by itself, and needed with what follows'
+        saved = f'{less} less' if self.saved > 0 else f'{less} more {more}' if self.saved else f'nothing {more}'
         return f'{self.text}, {saved} -> {self.fit}'
 
 # %% ../nbs/06_memory.ipynb #9c14cf33

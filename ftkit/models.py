@@ -468,9 +468,10 @@ def _run_folder(folder):
     folder = Path(folder)
     if (folder/'adapter').is_dir(): folder = folder/'adapter'
     if not folder.is_dir(): raise FtkitError(f'{folder}: no such folder')
-    record,run = folder/'ftkit.json',folder.parent/'run.json' # a checkpoint has none of its own
-    if record.exists(): return folder, _json(record)
-    return folder, _json(run).get('model') or {} if run.exists() else {}
+    if (record := folder/'ftkit.json').exists(): return folder, _json(record)
+    run = folder.resolve().parent/'run.json' # a checkpoint has no record of its own
+    of_run = folder.resolve().name.startswith('checkpoint-') and run.exists()
+    return folder, _json(run).get('model') or {} if of_run else {}
 
 def _base_of(folder, record):
     "The model an adapter was trained on; the embedded one stands elsewhere on every machine, so it is found by name"

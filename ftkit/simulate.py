@@ -514,7 +514,7 @@ def _named(m, net):
 # %% ../nbs/45_simulate.ipynb #2d9d8dff
 def _pass(m, model, loss, batch, cast, ahead):
     "There and back"
-    for phase,f in (ahead or {}).items():
+    for phase,f in ahead.items():
         m.phase,batch = phase,dict(batch)
         with cast(): f(batch)
     m.phase = 'forward'
@@ -526,8 +526,9 @@ def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None, passes=1):
     "One step, phase by phase; more than two passes take no more than two"
     import torch
     params = [p for group in optimizer.param_groups for p in group['params']]
-    for _ in range(min(passes, 2)):
-        _pass(m, model, loss, batch, cast, ahead)
+    for k in range(min(passes, 2)): # answers are sampled once, before the first
+        once = {phase: f for phase,f in (ahead or {}).items() if not k or phase != 'sampling'}
+        _pass(m, model, loss, batch, cast, once)
         m.name([p.grad for p in params if p.grad is not None], 'gradients')
     m.phase = 'clip'
     if clip: torch.nn.utils.clip_grad_norm_(params, 1.)
@@ -838,7 +839,8 @@ def _check(length, batch, accumulation, workspace, objective, method, upcast, lo
     if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
         "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
     if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
-    whole = all(type(n) is int for n in (length, batch, accumulation, workspace, gpus, answers or 1))
+    numbers = length,batch,accumulation,workspace,gpus,1 if answers is None else answers
+    whole = all(type(n) is int for n in numbers)
     if whole and accumulation > 1 and gpus > 1: raise FtkitError('accumulation on several GPUs is not traced')
     if not whole or workspace < 0 or not 0 < gpus < 2**16 or answers is not None and answers < 1: raise FtkitError(
         f'length={length}, batch={batch}, accumulation={accumulation}, answers={answers}, gpus={gpus}, '

@@ -154,6 +154,7 @@ def _give(tape, leaf, grad):
     tape.count(block.size, 'gradients')
 
 def _add_up(tape, leaf, grad):
+    "Added to what is there once all of its parts have come, and gone"
     tape.parts[leaf] = tape.parts.get(leaf, 1) - 1
     if tape.parts[leaf]: tape.grads[leaf] = grad # wait for the others
     else: tape.grads.pop(leaf, None)

@@ -217,7 +217,7 @@ def rows(n,                 # number of rows
     rng,seen,out,misses = random.Random(seed),set(),[],0
     families = list(families or FAMILIES)
     if unknown := {*families} - {*FAMILIES}: raise FtkitError(f'no family {join(unknown)}: use {join(FAMILIES)}')
-    if type(n) is not int or n < 0: raise FtkitError(f'n={n!r}: must be a whole number, the rows to make')
+    if type(n) is not int or n < 0: raise FtkitError(f'n={n!r}: must be a whole number of rows')
     if difficulty not in (1, 2, 3): raise FtkitError(f'difficulty={difficulty}: must be 1, 2 or 3')
     while len(out) < n:
         family = families[(len(out)+misses//500) % len(families)]

@@ -351,7 +351,7 @@ def _tried(make, train_dataset, **kwargs):
     no_bars()
     if not any(p.requires_grad for p in trainer.model.parameters()): raise FtkitError(
         "no weight is trained: load_model(adapter='lora'), or load_tuned(trainable=True)")
-    _no_fsdp(trainer.model, 'FSDP' in str(trainer.accelerator.distributed_type))
+    _no_fsdp(trainer.model, trainer.accelerator.distributed_type == 'FSDP')
     if not isinstance(trainer, _Sums): return trainer
     model,training = trainer.model,trainer.model.training
     model.eval()

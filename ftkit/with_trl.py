@@ -97,8 +97,9 @@ def trl_trainer(objective,     # a key of `TRL`
         def tokenize_row(self, feature, model=None): return feature
 
     more |= dict(train_dataset=trl_rows(train_dataset, objective), eval_dataset=trl_rows(eval_dataset, objective))
+    four = getattr(model, 'is_loaded_in_4bit', False)
+    whole = {p: p.data for p in model.parameters() if p.requires_grad} if four else {}
     made = Prepared(model, args=arguments.func(config, options), processing_class=tok, callbacks=[*callbacks], **more)
-    # TRL narrows the adapters of a 4-bit model to bf16, which fp16's scaler cannot train
-    narrow = [p for p in model.parameters() if p.requires_grad] if getattr(model, 'is_loaded_in_4bit', False) else []
-    for p in narrow: p.data = p.data.float()
+    # TRL rounds the adapters of a 4-bit model to bf16, which fp16's scaler cannot train, either
+    for p,data in whole.items(): p.data = data.to(p.device)
     return made

@@ -135,6 +135,13 @@ def test_what_a_step_has_shown():
     for wrong in (2**30, None, 1.5):
         with pytest.raises(FtkitError, match='measured='): corrected(e, wrong)
 
+def test_answers_are_sampled_before_the_first_batch():
+    "Gradients of earlier batches are none of theirs"
+    s = dict(method='full', objective='grpo', dtype='fp32', autocast='bf16', checkpointing=True)
+    once,more = (estimate(LLAMA8, **s, accumulation=n).phases for n in (1, 4))
+    assert more['sampling'] == once['sampling'] | dict(gradients=0) and sum(more['forward'].values()) > sum(
+        once['forward'].values())
+
 def test_an_engine_beside_it():
     "Weights, a cache of so many tokens, and what it computes with; asleep it takes nothing while the model is trained"
     engine = serving(LLAMA8, 1000)
@@ -344,6 +351,8 @@ def test_accumulation_keeps_the_gradients():
     found = changes(LLAMA8, 'l4', batch=8, length=2048)
     assert 'accumulation' in str(found) and found[-1].fit.verdict == 'fits'
     assert 'accumulation' not in str(changes(LLAMA8, 'h200', method='full', batch=2, length=2048))
+    dearer = changes(LLAMA8, 't4', method='full', batch=2, length=8192)[1]
+    assert dearer.saved < 0 and 'GiB more by itself' in repr(dearer)
 
 def test_names_are_those_of_simulate():
     "The same arguments, in the same order, but for what only the trace knows"

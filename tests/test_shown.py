@@ -8,8 +8,8 @@ CHECKS = re.compile(r'\bassert\b|\b(test_\w+|expect_fail|assert_close)\(')
 
 def source(cell): return ''.join(cell['source'])
 def is_exported(cell): return cell['cell_type'] == 'code' and source(cell).startswith('#| export')
-def is_lesson(cell): return cell['cell_type'] == 'code' and not re.match(r'#\| (export|hide)', source(cell))
-def patched(node): return any('patch' in ast.dump(d) for d in node.decorator_list)
+def is_lesson(cell): return cell['cell_type'] == 'code' and not re.match(r'#\| (export|hide|echo: false)', source(cell))
+def patched(node): return any(re.search(r"id='patch'", ast.dump(d)) for d in node.decorator_list)
 
 def defined(cells):
     "The functions and classes that are exported"
@@ -19,9 +19,10 @@ def defined(cells):
 def unshown(cells):
     "Names of those that the page does not show"
     lessons = [c for c in cells if is_lesson(c)]
-    nodes = [n for c in lessons for n in ast.walk(ast.parse(source(c)))]
-    used = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.value for n in nodes if isinstance(n, ast.Constant)}
     docments = '\n'.join(source(c) for c in cells if is_exported(c))
+    nodes = [n for c in lessons for n in ast.walk(ast.parse(source(c)))]
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    if 'COMMANDS = ' in docments: used |= {n.value for n in nodes if isinstance(n, ast.Constant)} # of the command line
     prose = '\n'.join(source(c) for c in cells if not is_exported(c) and not is_lesson(c))
     words = '\n'.join([prose, *(json.dumps(c['outputs']) for c in lessons), *re.findall(r'`\w+`', docments)])
     named = lambda n: isinstance(n, ast.ClassDef) and re.search(rf'\b{n.name}\b', words)

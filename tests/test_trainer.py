@@ -162,13 +162,13 @@ def test_fsdp_is_refused(tmp_path):
 @pytest.mark.parametrize('engine', ['ftkit', 'trl'])
 def test_fsdp_of_accelerate_is_refused_before_the_run(tmp_path, monkeypatch, engine):
     "TRL's steps would pass, and its end not be written: the first process alone has a part of the weights"
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
     from ftkit import train as module
     make = module._maker
     def shared(*args):
         def made(**kwargs):
             trainer = make(*args)(**kwargs)
-            monkeypatch.setattr(Accelerator, 'distributed_type', property(lambda self: 'DistributedType.FSDP'))
+            monkeypatch.setattr(Accelerator, 'distributed_type', property(lambda self: DistributedType.FSDP))
             return trainer
         return made
     monkeypatch.setattr(module, '_maker', shared)
