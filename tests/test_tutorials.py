@@ -1,7 +1,8 @@
 "What every tutorial must have, and what the home page says of it"
-import json, re
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from ftkit.tiny import base
 
 NBS = Path(__file__).parents[1]/'nbs'
 TUTORIALS = sorted((NBS/'tutorials').glob('*.ipynb'))
@@ -44,3 +45,24 @@ def test_the_home_page_lists_all_of_them():
     title = lambda p: re.search('^# (.+)', json.loads(p.read_text())['cells'][0]['source'][0])[1]
     assert listed == [(str(int(p.stem[:2])), title(p), p.stem, p.stem) for p in TUTORIALS]
     assert [int(p.stem[:2]) for p in TUTORIALS] == list(range(1, 13))
+
+CELLS = """
+import json, sys
+from execnb.shell import CaptureShell
+shell = CaptureShell(path='.')
+for cell in json.load(open(sys.argv[1]))['cells']:
+    if cell['cell_type'] != 'code': continue
+    shell.run(''.join(cell['source']))
+    if shell.exc: sys.exit(f"{''.join(cell['source'])[:200]}: {shell.exc}")
+"""
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)
+def test_it_runs_on_another_model_in_four_bits(path, tmp_path):
+    "As on a T4, where nothing that only the embedded model does may be asserted; few steps"
+    for name in ('Qwen2.5-1.5B', 'Qwen2.5-1.5B-Instruct'): shutil.copytree(base(), tmp_path/'Qwen'/name)
+    few = dict(model='Qwen/Qwen2.5-1.5B', tokenizer='same', adapter='qlora', max_steps='6', max_length='128',
+               per_device_train_batch_size='4', gradient_accumulation_steps='2', learning_rate='2e-4')
+    env = os.environ | {f'FTKIT_{k.upper()}': v for k,v in few.items()} | dict(IN_TEST='1', HF_HUB_OFFLINE='1')
+    done = subprocess.run([sys.executable, '-c', CELLS, path], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
