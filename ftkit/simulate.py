@@ -814,6 +814,15 @@ def _loss_of(s, net, critic, how):
     if s['objective'] in RL: return _policy(s['objective'], critic, how)
     return LOSSES[s['loss']] if s['objective'] == 'sft' else _preference(s['objective'], net)
 
+def _two_steps(m, net, copy, how, trained, rows, s, cast):
+    "What is allocated and freed in two steps"
+    critic = _critic(net, trained) if s['objective'] == 'ppo' else None
+    optimizer,made = _optimizer(s['optim'], trained, net, m),_fake(rows, m)
+    ahead,loss = _ahead(s, net, copy, how, critic),_loss_of(s, net, critic, how)
+    with m, _named(m, net):
+        for _ in range(2): _step(m, net, optimizer, loss, made, cast, s['clip'], ahead, s['accumulation'])
+    return [*m.events] # before anything of it is let go of
+
 def _preference(objective, net):
     "The loss of a batch of answers"
     from ftkit.objectives import OBJECTIVES
@@ -888,10 +897,5 @@ def simulate(model,                # a config of transformers, a folder or a Hub
         m.name([p for p in net.parameters() if not p.requires_grad], 'weights')
         m.name(trained, 'weights' if method == 'full' else 'adapter')
         if copy: m.name(copy.parameters(), 'reference')
-        critic = _critic(net, trained) if objective == 'ppo' else None
-        optimizer,made = _optimizer(optim, trained, net, m),_fake(rows, m)
-        ahead,loss_of = _ahead(setting, net, copy, how, critic),_loss_of(setting, net, critic, how)
-        with m, _named(m, net):
-            for _ in range(2): _step(m, net, optimizer, loss_of, made, cast, clip, ahead, accumulation)
-        events = [*m.events]
+        events = _two_steps(m, net, copy, how, trained, rows, setting, cast)
     return Simulation(setting, events, m.kinds, config.get_text_config().vocab_size, workspace)
