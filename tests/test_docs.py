@@ -3,17 +3,26 @@ import os, re, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 SITE = 'https://ftkit.github.io/ftkit/'
 
-@pytest.fixture(scope='module')
-def site():
+def built():
     "As `make docs` builds it; not by make, which may install the environment anew while other tests run in it"
     recipe = re.search(r'^docs:.*\n((?:\t.*\n)+)', (ROOT/'Makefile').read_text(), re.M)[1]
     env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
-    built = subprocess.run(['sh', '-ec', recipe], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-2000:]
+    done = subprocess.run(['sh', '-ec', recipe], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory, worker_id):
+    "Built once, whichever of several processes needs it first"
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != 'master': shared = shared.parent
+    with FileLock(shared/'site.lock'):
+        if not (shared/'site.built').exists(): built()
+        (shared/'site.built').touch()
     return ROOT/'_docs'
 
 def dead(folder, page):
