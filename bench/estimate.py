@@ -67,6 +67,7 @@ def drawn(n, seed=0):
         if s['objective'] == 'sft': s['loss'] = pick(('ftkit', 'plain', 'kept'))
         if s['objective'] == 'reward' and MODELS[name][0] == 'granite': s['objective'] = 'dpo' # no class for rewards
         if s['objective'] in ('dpo', 'kto'): s['reference'] = pick((None, 'precomputed', 'copy'))
+        if s['attention'] == 'flash' and (s['dtype'], s['autocast']) == ('fp32', None): s['attention'] = 'sdpa'
         yield name,s
 
 def compared(row):

@@ -2,7 +2,7 @@
 
     python bench/peers.py
 
-The same rows as bench/memory.py, whose last figures for `simulate` it takes from bench/results/memory.json. Each peer
+The rows of bench/memory.py that the others know of (one GPU, transformers' loss, no experts), whose last figures for `simulate` it takes from bench/results/memory.json. Each peer
 gets the closest settings that it accepts: `fitcheck-llm` all of them; accelerate's and DeepSpeed's estimators know of
 no adapter, of no rows and of no logits, and get the number of weights; so do the sixteen bytes a weight and the
 activations of Korthikanti et al. 2022, which are EleutherAI's formula. fitcheck-llm and DeepSpeed's sources are fetched
@@ -77,9 +77,13 @@ def weights(c):
     from ftkit.memory import parts
     return sum(p.size for p in parts(c))
 
+def rows():
+    own = lambda r: r['n_gpus'] == '1' and 'foak' not in r['loss_impl']
+    return [r for r in bench.rows() if own(r) and not any(x in r['arch_LHnhkvff_vocab'] for x in ('MQA', 'x8e'))]
+
 def settings(row):
     "Those of `estimate`, which takes no dropout and only the newer kind of checkpointing"
-    s = bench.options(row)
+    s = {k: v for k,v in bench.options(row).items() if k not in ('gpus', 'sharding', 'prepare')}
     s['checkpointing'] = bool(s['checkpointing'])
     return s | dict(lora={k: v for k,v in s['lora'].items() if k != 'lora_dropout'}) if s['lora'] else s
 
@@ -88,7 +92,7 @@ def main():
             "accelerate's training": by_accelerate, "DeepSpeed's ZeRO-2": by_deepspeed, 'EleutherAI': by_eleuther}
     traced = {r['id']: r['allocated'] for r in json.loads((RESULTS/'memory.json').read_text())['runs']}
     found = {'ftkit.simulate': {}} | {name: {} for name in ways}
-    for row in bench.rows():
+    for row in rows():
         c,s,there = bench.config(row),settings(row),float(row['peak_mib'])*bench.MiB
         found['ftkit.simulate'][row['id']] = traced[row['id']]
         for name,way in ways.items(): found[name][row['id']] = way(row, c, s)/there - 1

@@ -122,8 +122,20 @@ def fused_attention(q,  # `Value` of shape (tokens, heads x wide)
     mask = [q.new((net.batch, net.length, net.length))] if net.masked else []
     sums = q.new((q.shape[0], net.heads), 4)
     sizes = [(x.shape, x.node) for x in (q, k, v)]
-    def back(grad): return [grad.new(shape) if node else None for shape,node in sizes]
+    inside = _sums_of_flash(q.width, k.shape[1]//net.wide, net) if net.attention != 'efficient' and not mask else 0
+    def back(grad):
+        out = [grad.new(shape) if node else None for shape,node in sizes]
+        if inside: grad.new((inside,), 1)
+        return out
     return made([q, k, v], back, [q, k, v, sums, *mask], own=True)
+
+def _steps(n, step): return -(-n//step)*step
+
+def _sums_of_flash(width, kv, net):
+    "Bytes that flash-attn takes for itself on the way back; 32 bits are not its own"
+    if width == 4: return 0
+    rows,step = net.batch*net.heads*_steps(net.length, 128),32 if net.wide <= 128 else 64
+    return 4*rows*(1+_steps(net.wide, step)) + 2*width*net.batch*net.heads*net.length*net.wide*(kv < net.heads)
 
 # %% ../nbs/05_layers.ipynb #ad504ca4
 def _softmax(x, width=None):
@@ -193,6 +205,7 @@ def _roped(q, k, net): return rope(q, net), rope(k, net)
 # %% ../nbs/05_layers.ipynb #324ffb12
 def _attended(q, k, v, net):
     n = net.heads//net.kv
+    if net.attention == 'flash': q,k,v = (cast(x, min(x.width, 2)) for x in (q, k, v))
     kernel = net.masked or n == 1 or q.width < 4 or q.tape.autocast or net.attention == 'efficient'
     if net.attention != 'eager' and not kernel: return shown_scores(q, k, v, net)
     one = net.kv == 1 and (net.masked or net.attention == 'eager' and net.batch == 1)

@@ -492,7 +492,7 @@ class Estimate:
         return f'{self.allocated/2**30:.2f} GiB, the most in {self.peak}: {some}'
 
 # %% ../nbs/06_memory.ipynb #012e2ede
-WORKSPACE,MARGIN = 8519680,1.2 # bytes that cuBLAS takes, 32 MiB on Hopper; what is reserved over what is in use
+WORKSPACE,MARGIN = 8519680,1.2 # bytes that cuBLAS takes forward, and backward (32 MiB on Hopper); reserved over in use
 
 def _asked(s):
     "The LoRA of settings that exist"
@@ -509,6 +509,9 @@ def _asked(s):
     if s['answers'] is not None and s['objective'] not in RL: raise FtkitError(f"{s['objective']} samples no answers")
     if not whole or length < 2 or min(batch, several, gpus) < 1 or workspace < 0: raise FtkitError(
         ', '.join(f'{n}={x}' for n,x in zip(names, numbers)) + ': must be whole numbers, large enough')
+    if s['attention'] == 'flash' and 'fp32' == s['dtype'] and not s['autocast']: raise FtkitError(
+        "flash-attn does not do 32 bits: autocast='bf16', or attention='sdpa'")
+    if s['sharding'] == 'fsdp1' and gpus > 1: raise NotCounted('fsdp1: not counted by formula; simulate traces it')
     if several > 1 and gpus > 1: raise NotCounted('accumulation on several GPUs is not counted')
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise NotCounted(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
@@ -566,7 +569,7 @@ def _stays(s, found, trained, width):
     adapter = 0 if s['method'] == 'full' else count(part if how in UNITS else trained)
     step = _step_bytes(part, s['optim'], width)
     stays = dict(weights=weight_bytes(mine, s['dtype'], four, s['double_quant'], s['upcast']), adapter=adapter,
-                 states=state_bytes(part, s['optim'], width), workspace=s['workspace'], gradients=0,
+                 states=state_bytes(part, s['optim'], width), workspace=2*s['workspace'], gradients=0,
                  reference=weight_bytes(_share(found, n) if how in UNITS else found, s['dtype']) if _copies(s) else 0)
     if n > 1 and how == 'ddp' or s['accumulation'] > 1: stays['gradients'] = count(trained)
     if _is_split(s) and _copies(s): stays['gathered'] = found[0].size*WIDTHS[s['autocast'] or s['dtype']] # its head
@@ -603,7 +606,7 @@ def estimate(model,                # as in `read_config`
              gpus=1,               # among which training is shared
              sharding='fsdp',      # how, with several: one of `SHARDINGS`
              accumulation=1,       # batches of a step: from the second on, gradients are there already
-             workspace=WORKSPACE   # bytes that cuBLAS takes
+             workspace=WORKSPACE   # bytes that cuBLAS takes, twice
             ):                     # `Estimate`
     "The memory of a training step on a GPU, counted from a config; the arguments are those of `simulate`"
     asked = {k: v for k,v in locals().items() if k != 'model'}

@@ -70,16 +70,29 @@ class _Ledger:
         finally: self.on = was
 
 # %% ../nbs/45_simulate.ipynb #fa5fa9ce
-def meter(scratch=None # operation -> function of its arguments that says how many bytes it needs for itself
-         ):            # a mode to be entered, with `events`, and a `phase` to be set
+def _guesses(share):
+    "What is said of numbers that are not there"
+    import torch
+    aten = torch.ops.aten
+    return {aten._local_scalar_dense.default: lambda t: 1. if t.dtype.is_floating_point else 1,
+            aten.nonzero.default: lambda t: t.new_empty((max(1, round(t.numel()*share)), t.ndim), dtype=torch.long)}
+
+def meter(scratch=None, # operation -> function of its arguments that says how many bytes it needs for itself
+          share=1.      # of what a program looks for in tensors without numbers, how much it finds
+         ):             # a mode to be entered, with `events`, and a `phase` to be set
     "Write down what is allocated and freed"
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+    guesses = _guesses(share)
     class Meter(_Ledger, TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if any(t.__name__ == 'DTensor' for t in types): return NotImplemented # its shard comes by
-            out = func(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            if getattr(kwargs.get('device'), 'type', '') == 'cuda': kwargs['device'] = torch.device('cpu')
+            guess = guesses.get(func) if args and isinstance(args[0], FakeTensor) else None
+            out = guess(*args) if guess else func(*args, **kwargs)
             if not self.on: return out
             for t in tree_leaves(out):
                 if isinstance(t, torch.Tensor) and t.device.type != 'meta': self.add(t, str(func))
@@ -184,6 +197,24 @@ def grow(self:Allocator, size, large):
 # %% ../nbs/45_simulate.ipynb #b3b3bec7
 DTYPES = dict(fp32='float32', fp16='float16', bf16='bfloat16')
 
+@contextmanager
+def _as_if_installed():
+    "transformers takes flash-attn for installed, wherever this model knows what to do with it"
+    from transformers import PreTrainedModel as Model
+    def known(model):
+        if not any(getattr(model, f'_supports_flash_attn{n}', False) for n in ('', '_2')): raise ValueError(
+            "it has no flash-attn: attention='sdpa'")
+        return 'flash_attention_2'
+    def set_in(cls, config, *_, **__):
+        config._attn_implementation = known(cls)
+        return config
+    names = dict(_check_and_adjust_attn_implementation=lambda self, *_, **__: known(self),
+                 _check_and_enable_flash_attn_2=classmethod(set_in)) # until transformers 4.53
+    with ExitStack() as stack:
+        for name,answer in names.items():
+            if hasattr(Model, name): stack.enter_context(mock.patch.object(Model, name, answer))
+        yield
+
 def _base(config, dtype, attention, scores):
     "A model of a config, on meta"
     import torch, transformers
@@ -191,40 +222,44 @@ def _base(config, dtype, attention, scores):
     config.use_cache = False
     name = 'torch_dtype' if transformers.__version__ < '4.56' else 'dtype'
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    with torch.device('meta'): model = auto.from_config(
-        config, **{name: dtype}, attn_implementation='eager' if attention == 'eager' else 'sdpa')
+    kind = dict(eager='eager', flash='flash_attention_2').get(attention, 'sdpa')
+    with torch.device('meta'), _as_if_installed() if attention == 'flash' else nullcontext():
+        model = auto.from_config(config, **{name: dtype}, attn_implementation=kind)
     for m in model.modules(): # frequencies of rotary embeddings stay exact
         for k,b in m._buffers.items():
             if b is not None and b.is_floating_point() and 'inv_freq' in k: m._buffers[k] = b.float()
     return model.train()
 
-def _four_bit(layer, dtype, double):
-    "A linear layer as bitsandbytes keeps it in NF4, on meta"
+def _four_bit(layer, dtype, double, packed=None):
+    "A linear layer as bitsandbytes keeps it in NF4, on meta; its bytes are packed as numbers of another type"
     import torch
     bnb = need('bitsandbytes', 'qlora')
     from bitsandbytes.functional import QuantState
     kind,n = dict(blocksize=64, quant_type='nf4', dtype=dtype, shape=layer.weight.shape),layer.weight.numel()
     with torch.device('meta'):
         four = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype,
-                                 compress_statistics=double, quant_type='nf4')
+                                 compress_statistics=double, quant_type='nf4', quant_storage=packed or torch.uint8)
         code,scales = torch.empty(16),-(-n//64)
         state = QuantState(absmax=torch.empty(scales), code=code, **kind) if not double else QuantState(
             absmax=torch.empty(scales, dtype=torch.uint8), code=code, offset=torch.empty(()), **kind, state2=QuantState(
                 absmax=torch.empty(-(-scales//256)), code=torch.empty(256), blocksize=256, dtype=torch.float32))
-        weight = torch.nn.Parameter(torch.empty((n+1)//2, 1, dtype=torch.uint8), requires_grad=False)
+        weight = torch.empty((n+1)//2, 1, dtype=torch.uint8)
+        weight = torch.nn.Parameter(weight.view(-1).view(packed).view(-1, 1) if packed else weight, requires_grad=False)
     vars(weight).update(quant_state=state, bnb_quantized=True, quant_type='nf4', blocksize=64,
-                        compress_statistics=double, quant_storage=torch.uint8)
+                        compress_statistics=double, quant_storage=weight.dtype)
     four.weight,four.quant_state,four.bias = weight,state,layer.bias
     return four
 
 # %% ../nbs/45_simulate.ipynb #48fd2efe
-def _quantised(model, dtype, double):
+def _quantised(model, dtype, double, packed=None):
     "Every linear layer but the head in four bits"
     import torch
     for name,layer in [*model.named_modules()]:
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings() and name != 'score':
-            model.set_submodule(name, _four_bit(layer, dtype, double))
+            model.set_submodule(name, _four_bit(layer, dtype, double, packed))
     model.is_loaded_in_4bit = model.is_quantized = True
+    config = model.config.get_text_config()
+    config._is_quantized,config._pre_quantization_dtype = True,dtype # as transformers marks it
     return model.requires_grad_(False)
 
 def _adapted(model, lora):
@@ -300,10 +335,20 @@ def _in_32_bits(model):
             m._parameters[name] = made[id(p)][0]
 
 # %% ../nbs/45_simulate.ipynb #46b43f14
-def _scratch():
+def _flash_backward(grad, q, k, *_):
+    "Bytes that flash-attn needs on the way back (mha_bwd): sums for each query, and keys and values for each of its heads"
+    if q.element_size() == 4: return 0 # it does not do 32 bits
+    batch,heads,n,width = q.shape
+    rows,across = batch*heads*_round(n, 128),_round(width, 32 if width <= 128 else 64)
+    return 4*rows*(1+across) + (2*batch*heads*k.shape[2]*width*q.element_size() if k.shape[1] != heads else 0)
+
+def _scratch(attention='sdpa'):
     "Memory that kernels take for themselves"
     import torch
-    return {torch.ops.aten._softmax_backward_data.default: lambda grad, *args: grad.numel()*grad.element_size()}
+    aten = torch.ops.aten
+    found = {aten._softmax_backward_data.default: lambda grad, *_: grad.numel()*grad.element_size()}
+    if attention not in ('sdpa', 'flash'): return found
+    return found | {aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward}
 
 # %% ../nbs/45_simulate.ipynb #1efc805f
 def _mask(*args, attention_mask=None, **kwargs):
@@ -327,34 +372,50 @@ def _attend(attend):
             return attend(q, k, v, attn_mask, 0., is_causal, scale=scale, enable_gqa=enable_gqa)
     return attended
 
+# %% ../nbs/45_simulate.ipynb #16a66603
+def _autocast_as_on_cuda(use):
+    "Whoever asks about autocast on CUDA learns of that on the CPU"
+    import torch
+    from torch.amp import autocast_mode
+    enabled,kind,auto = torch.is_autocast_enabled,torch.get_autocast_dtype,autocast_mode.autocast
+    here = lambda device: 'cpu' if device == 'cuda' else device
+    use(torch, 'is_autocast_enabled', lambda device='cuda': enabled(here(device)))
+    use(torch, 'get_autocast_dtype', lambda device: kind(here(device)))
+    use(torch, 'get_autocast_gpu_dtype', lambda: kind('cpu'))
+    use(autocast_mode, 'autocast', lambda device_type, **kwargs: auto(here(device_type), **kwargs)) # of custom_bwd
+
+def _without_kernels(use):
+    "A Triton kernel does nothing"
+    if jit := sys.modules.get('triton.runtime.jit'): use(jit.JITFunction, 'run', lambda *_, **__: None)
+
 # %% ../nbs/45_simulate.ipynb #561a0115
 @contextmanager
 def _like_a_gpu(model, attention):
     "The choices that libraries make on CUDA"
     import torch
     from torch.nn import functional as F
-    autocast,softmax,drop,attend = torch.is_autocast_enabled,F.softmax,F.dropout,_attend(F.scaled_dot_product_attention)
+    softmax,drop,attend = F.softmax,F.dropout,_attend(F.scaled_dot_product_attention)
     def dropped(x, p=.5, training=True, inplace=False):
         return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else drop(x, p, training, inplace)
-    def enabled(kind='cuda'): return autocast('cpu' if kind == 'cuda' else kind)
     def fused(x, dim=None, _stacklevel=3, dtype=None):
         if x.dtype == torch.half and dtype == torch.float32: return torch.ops.aten._softmax(x, dim, True)
         return softmax(x, dim, _stacklevel, dtype)
     def wide(q, k, v, *args, enable_gqa=False, **kwargs):
         n = q.shape[-3]//k.shape[-3]
         return attend(q, *(k, v) if n == 1 else (x.repeat_interleave(n, -3) for x in (k, v)), *args, **kwargs)
-    def narrow(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-        return attend(q, k, v, None, 0., True, scale, q.shape[-3] != k.shape[-3])
+    def flash(q, k, v, *_, softmax_scale=None, target_dtype=None, **__):
+        q,k,v = (x.to(target_dtype or x.dtype).transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, None, 0., True, softmax_scale, q.shape[-3] != k.shape[-3]).transpose(1, 2)
     with ExitStack() as stack:
-        use = lambda *args: stack.enter_context(mock.patch.object(*args))
-        use(torch, 'is_autocast_enabled', enabled), use(F, 'softmax', fused), use(F, 'dropout', dropped)
-        if attention != 'eager': use(F, 'scaled_dot_product_attention', dict(
-            sdpa=attend, efficient=wide, flash=narrow)[attention])
+        use = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))
+        _autocast_as_on_cuda(use), _without_kernels(use), use(F, 'softmax', fused), use(F, 'dropout', dropped)
+        if attention != 'eager': use(F, 'scaled_dot_product_attention', wide if attention == 'efficient' else attend)
         answers = {} if attention == 'eager' else dict(create_causal_mask=_mask)
         if attention == 'flash': answers |= dict(create_sliding_window_causal_mask=_mask)
-        if attention == 'flash': answers |= dict(repeat_kv=lambda x, n: x)
-        places = {type(m).__module__ for m in model.modules()} | {'transformers.integrations.sdpa_attention'}
-        for module in (sys.modules[p] for p in places if p in sys.modules):
+        integrations = {f'transformers.integrations.{name}_attention' for name in ('sdpa', 'flash')}
+        for module in (sys.modules[p] for p in {type(m).__module__ for m in model.modules()} | integrations
+                       if p in sys.modules):
+            if attention == 'flash': use(module, '_flash_attention_forward', flash, create=True)
             for name,answer in answers.items():
                 if hasattr(module, name): use(module, name, answer)
             name = 'create_sliding_window_causal_mask'
@@ -539,7 +600,7 @@ def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None, passes=1):
     optimizer.zero_grad(set_to_none=True)
 
 # %% ../nbs/45_simulate.ipynb #210a8d72
-SHARDINGS = 'fsdp', 'ddp'
+SHARDINGS = 'fsdp', 'fsdp1', 'ddp'
 
 @patch
 def resized(self:_Ledger, key, size):
@@ -566,9 +627,13 @@ def _followed(m):
     def resized(self, size):
         resize(self, size)
         m.resized(self._cdata, size)
+    def same_state(layer): # FSDP1 makes other tensors of weights
+        if getattr(layer.weight, 'quant_state', None) is None: layer.weight.quant_state = layer.quant_state
     with ExitStack() as stack:
         use = lambda *args: stack.enter_context(mock.patch.object(*args))
         use(torch.UntypedStorage, 'resize_', resized)
+        if bnb := sys.modules.get('bitsandbytes.nn.modules'): use(
+            bnb, 'fix_4bit_weight_quant_state_from_module', same_state)
         for name in ('propagate', '_propagate_tensor_meta_non_cached'): use(
             Propagator, name, _silent(m, getattr(Propagator, name)))
         yield
@@ -608,22 +673,41 @@ def _shard(net, mesh, autocast):
     if last: fully_shard(last, **how, reshard_after_forward=False)
     fully_shard(net, **how)
 
+def _flat(net, autocast):
+    "The same by FSDP1, as accelerate and PEFT's fsdp_auto_wrap_policy have it: a unit is a layer, or a matrix of an adapter"
+    import torch
+    from torch.distributed.fsdp import FullyShardedDataParallel as Flat, MixedPrecision
+    from torch.distributed.fsdp.wrap import CustomPolicy
+    half = getattr(torch, DTYPES[autocast]) if autocast else None
+    base = net.get_base_model() if hasattr(net, 'peft_config') else net
+    def unit(layer):
+        leaf = net is not base and not [*layer.children()] and getattr(layer, 'weight', None) is not None
+        return type(layer).__name__ in (base._no_split_modules or ()) or leaf and layer.weight.requires_grad
+    made = Flat(net, auto_wrap_policy=CustomPolicy(unit), device_id=torch.device('cpu'), use_orig_params=True,
+                mixed_precision=half and MixedPrecision(half, half, half))
+    for layer in Flat.fsdp_modules(made) if half else ():
+        if layer._has_params and (flat := layer._flat_param).requires_grad: # in 32 bits, as accelerate has it
+            flat.data,layer._handle._orig_param_dtype = flat.data.float(),torch.float32
+    return made
+
 def _mine(t):
     "What of a tensor is on this GPU"
     return getattr(t, '_local_tensor', t)
 
 def _place(m, net, mesh, asked):
-    "Put a model into memory, or this GPU's part of it, or all of it with a place to sum gradients up"
+    "A model in memory, or this GPU's part of it, or all of it with a place to sum gradients up"
     import torch
     if mesh is None: _load(m, net, asked['upcast'])
     else:
         made = _materialised(net)
-        _shard(net, mesh, asked['autocast'])
+        if asked['sharding'] == 'fsdp1': net = _flat(net, asked['autocast'])
+        else: _shard(net, mesh, asked['autocast'])
         small = [t for t in made if not isinstance(t, torch.nn.Parameter)]
         for t in (*net.parameters(), *small): m.add(_mine(t))
-    if asked['gpus'] == 1 or mesh is not None: return
+    if asked['gpus'] == 1 or mesh is not None: return net
     sizes = _buckets([p for p in net.parameters() if p.requires_grad])
     m.kinds |= {m.new(size, 'a bucket'): 'gradients' for size in sizes}
+    return net
 
 # %% ../nbs/45_simulate.ipynb #56087c09
 def _buckets(params, first=MiB, most=25*MiB):
@@ -653,7 +737,7 @@ def _ahead(s, net, copy, how, critic):
     return found
 
 # %% ../nbs/45_simulate.ipynb #9f6b2b6c
-WORKSPACE = 8519680 # bytes that cuBLAS takes of the allocator; 32 MiB on Hopper
+WORKSPACE = 8519680 # bytes that cuBLAS takes of the allocator in each of two threads, forward and backward; 32 MiB on Hopper
 
 @dataclass
 class Simulation:
@@ -668,9 +752,13 @@ class Simulation:
     def replay(self, expandable=False):
         "What the allocator makes of it"
         if expandable in self.replays: return self.replays[expandable]
-        a = self.replays[expandable] = Allocator(expandable)
-        a.malloc('workspace', self.workspace)
-        for e in self.events: a.malloc(e.n, e.size) if e.n > 0 else a.free(-e.n)
+        a,threads = Allocator(expandable),set()
+        for e in self.events:
+            if e.phase != 'load' and (thread := e.phase == 'backward') not in threads:
+                threads.add(thread)
+                a.malloc(('workspace', thread), self.workspace)
+            a.malloc(e.n, e.size) if e.n > 0 else a.free(-e.n)
+        self.replays[expandable] = a
         return a
 
     @property
@@ -758,15 +846,17 @@ def _asked(known, **options):
             f"{name} '{value}' is unknown: use one of {', '.join(map(str, known[name]))}")
 
 # %% ../nbs/45_simulate.ipynb #53ebfbf8
-def _built(config, method, kind, attention, checkpointing, lora, double_quant, upcast, scores=False):
+def _built(config, kind, asked, scores=False):
     "A model that is ready to be trained, on meta"
-    net = _base(config, kind, attention, scores)
-    if method == 'qlora': net = _quantised(net, kind, double_quant)
-    if upcast: _in_32_bits(net)
+    net,method,checkpointing = _base(config, kind, asked['attention'], scores),asked['method'],asked['checkpointing']
+    flat = asked['gpus'] > 1 and asked['sharding'] == 'fsdp1' # which shares out numbers with a point, not bytes
+    if method == 'qlora': net = _quantised(net, kind, asked['double_quant'], kind if flat else None)
+    if asked['upcast']: _in_32_bits(net)
     if checkpointing: net.gradient_checkpointing_enable(dict(use_reentrant=checkpointing == 'reentrant'))
-    if method == 'full': return net
-    if checkpointing: net.enable_input_require_grads()
-    return _adapted(net, dict(r=16, lora_alpha=32, target_modules='all-linear') | (lora or {}))
+    if method != 'full':
+        if checkpointing: net.enable_input_require_grads()
+        net = _adapted(net, dict(r=16, lora_alpha=32, target_modules='all-linear') | (asked['lora'] or {}))
+    return asked['prepare'](net) if asked['prepare'] else net
 
 
 def _models(config, kind, asked):
@@ -776,15 +866,19 @@ def _models(config, kind, asked):
     if how == 'adapter' and method == 'full': raise FtkitError("reference='adapter': there is none to switch off")
     if objective in ('dpo', 'kto'): how = how or ('copy' if method == 'full' else 'adapter')
     if scores := objective == 'reward': config.num_labels,config.pad_token_id = 1,0
-    names = 'attention', 'checkpointing', 'lora', 'double_quant', 'upcast'
     try:
-        net = _built(config, method, kind, *(asked[n] for n in names), scores)
+        net = _built(config, kind, asked, scores)
         copy = _base(config, kind, asked['attention'], False).requires_grad_(False).eval() if how == 'copy' else None
     except (ValueError, AssertionError, NotImplementedError, AttributeError, TypeError) as e: raise FtkitError(
         f'a {config.model_type} of this config cannot be built: {e}'.split(chr(10))[0]) from e
     return net, copy, how
 
 # %% ../nbs/45_simulate.ipynb #c8bfe4dc
+def _share(config):
+    "Of the tokens sent to experts, how many get to each: all alike"
+    config = config.get_text_config()
+    return 1/(getattr(config, 'num_local_experts', None) or getattr(config, 'num_experts', None) or 1)
+
 def _fake(x, m):
     "Tensors with numbers as ones without"
     import torch
@@ -844,7 +938,10 @@ def _check(length, batch, accumulation, workspace, objective, method, upcast, lo
     if answers is not None and objective not in RL: raise FtkitError(f'answers={answers}: {objective} samples none')
     if setting['reference'] == 'precomputed' and objective in RL: raise FtkitError(
         f"{objective} asks its reference about new answers: reference='adapter' or 'copy'")
-    split = type(gpus) is int and gpus > 1 and setting['sharding'] == 'fsdp'
+    several = type(gpus) is int and gpus > 1
+    split = several and setting['sharding'] == 'fsdp'
+    if several and setting['sharding'] == 'fsdp1' and (objective != 'sft' or setting['loss'] == 'ftkit'): raise FtkitError(
+        "fsdp1 is followed with a loss of transformers alone: objective='sft', loss='plain' or 'kept'")
     if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
         "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
     if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
@@ -856,6 +953,8 @@ def _check(length, batch, accumulation, workspace, objective, method, upcast, lo
         f'workspace={workspace}: must be whole numbers')
     if min(length - (objective != 'sft'), batch, accumulation) < 1: raise FtkitError(
         f'length={length}, batch={batch}, accumulation={accumulation}: too small')
+    if setting['attention'] == 'flash' and setting['dtype'] == 'fp32' and not setting['autocast']: raise FtkitError(
+        "flash-attn does not do 32 bits: autocast='bf16', or attention='sdpa'")
     if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
     if lora and method == 'full': raise FtkitError("lora goes with method='lora' or 'qlora'")
 
@@ -879,7 +978,8 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              sharding='fsdp',      # how, with several: one of `SHARDINGS`
              accumulation=1,       # batches of a step: from the second on, gradients are there already
              clip=True,            # gradients
-             workspace=WORKSPACE   # bytes that cuBLAS takes
+             workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
+             prepare=None          # function of the model as it will be trained: puts in kernels of Liger, say, returns it
             ):                     # `Simulation`
     "The memory of training steps on a GPU, by making them on tensors without numbers"
     import torch
@@ -889,10 +989,10 @@ def simulate(model,                # a config of transformers, a folder or a Hub
     config,kind = _config(model),getattr(torch, DTYPES[dtype])
     net,copy,how = _models(config, kind, setting)
     cast = lambda: torch.autocast('cpu', getattr(torch, DTYPES[autocast])) if autocast else nullcontext()
-    m,rows = meter(_scratch()),_rows(objective, net, length, batch, attention)
-    with _traced(config), _world(gpus if sharding == 'fsdp' else 1, m) as mesh, FakeTensorMode(
+    m,rows = meter(_scratch(attention), _share(config)),_rows(objective, net, length, batch, attention)
+    with _traced(config), _world(1 if sharding == 'ddp' else gpus, m) as mesh, FakeTensorMode(
             allow_non_fake_inputs=True), _like_a_gpu(net, attention):
-        for some in filter(None, (copy, net)): _place(m, some, mesh, setting)
+        copy,net = (some and _place(m, some, mesh, setting) for some in (copy, net))
         trained = [p for p in net.parameters() if p.requires_grad]
         m.name([p for p in net.parameters() if not p.requires_grad], 'weights')
         m.name(trained, 'weights' if method == 'full' else 'adapter')

@@ -37,7 +37,7 @@ def test_the_curve_and_the_allocator_agree(method):
     found = simulate(config(), method, length=128, batch=2)
     top = max(sum(by.values()) for _,by in found.curve())
     assert sum(found.at_peak.values()) == top == max(found.phases.values())
-    assert 0 <= found.allocated - S.WORKSPACE - top < .1*top + 4*MiB and found.reserved >= found.allocated
+    assert 0 <= found.allocated - 2*S.WORKSPACE - top < .1*top + 4*MiB and found.reserved >= found.allocated
     seen = set()
     for e in found.events:
         if e.n > 0: seen.add(e.n)
@@ -198,7 +198,7 @@ def test_trap_softmax_of_half_precision_is_one_kernel(monkeypatch):
         without(m, ('softmax', F))
         other = run()
     assert copies(other) > copies(found)
-    monkeypatch.setattr(S, '_scratch', dict)
+    monkeypatch.setattr(S, '_scratch', lambda attention: {})
     assert not [e for e in run().events if e.op.endswith('inside')]
 
 def test_trap_autocast_is_asked_about_cuda(monkeypatch):
@@ -237,7 +237,7 @@ def test_trap_optimizers_differ_in_what_they_make_for_a_moment():
 
 def test_trap_cublas_takes_its_own():
     one,other = (simulate(config(), length=8, workspace=w) for w in (0, 32*MiB))
-    assert other.allocated - one.allocated == 32*MiB
+    assert other.allocated - one.allocated == 2*32*MiB # forward and backward are two threads, with a handle each
 
 def test_trap_whose_loss_it_is():
     c = config(vocab_size=32000)
