@@ -2,12 +2,12 @@
 
     python bench/peers.py
 
-The rows of bench/memory.py that the others know of (one GPU, transformers' loss, no experts), whose last figures for `simulate` it takes from bench/results/memory.json. Each peer
-gets the closest settings that it accepts: `fitcheck-llm` all of them; accelerate's and DeepSpeed's estimators know of
-no adapter, of no rows and of no logits, and get the number of weights; so do the sixteen bytes a weight and the
-activations of Korthikanti et al. 2022, which are EleutherAI's formula. fitcheck-llm and DeepSpeed's sources are fetched
-when they are first asked for (needs a package index). Prints mean and worst errors, best first, kept in
-bench/results/peers.json.
+The rows of bench/memory.py that the others know of (one GPU, transformers' loss, no experts), whose last figures for
+`simulate` it takes from bench/results/memory.json. Each peer gets the closest settings that it accepts: `fitcheck-
+llm` all of them; accelerate's and DeepSpeed's estimators know of no adapter, of no rows and of no logits, and get the
+number of weights; so do the sixteen bytes a weight and the activations of Korthikanti et al. 2022, which are
+EleutherAI's formula. fitcheck-llm and DeepSpeed's sources are fetched when they are first asked for (needs a package
+index). Prints mean and worst errors, best first, kept in bench/results/peers.json.
 """
 import os
 os.environ |= dict(IN_TEST='1', HF_HUB_OFFLINE='1')

@@ -70,29 +70,32 @@ class _Ledger:
         finally: self.on = was
 
 # %% ../nbs/45_simulate.ipynb #fa5fa9ce
-def _guesses(share):
+def _guesses(share, guess):
     "What is said of numbers that are not there"
     import torch
     aten = torch.ops.aten
-    return {aten._local_scalar_dense.default: lambda t: 1. if t.dtype.is_floating_point else 1,
-            aten.nonzero.default: lambda t: t.new_empty((max(1, round(t.numel()*share)), t.ndim), dtype=torch.long)}
+    def found(t): return t.new_empty((round(t.numel()*(share if t.ndim == 2 else 1)), t.ndim), dtype=torch.long)
+    def number(t): return 1. if t.dtype.is_floating_point else 1
+    return {aten.nonzero.default: found} | ({aten._local_scalar_dense.default: number,
+                                             aten.equal.default: lambda *_: True} if guess else {})
 
 def meter(scratch=None, # operation -> function of its arguments that says how many bytes it needs for itself
-          share=1.      # of what a program looks for in tensors without numbers, how much it finds
+          share=1.,     # of a table without numbers, how much is not zero
+          guess=False   # is a number that nobody knows 1, and are two tensors equal?
          ):             # a mode to be entered, with `events`, and a `phase` to be set
     "Write down what is allocated and freed"
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-    guesses = _guesses(share)
+    guesses = _guesses(share, guess)
     class Meter(_Ledger, TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if any(t.__name__ == 'DTensor' for t in types): return NotImplemented # its shard comes by
             kwargs = kwargs or {}
             if getattr(kwargs.get('device'), 'type', '') == 'cuda': kwargs['device'] = torch.device('cpu')
-            guess = guesses.get(func) if args and isinstance(args[0], FakeTensor) else None
-            out = guess(*args) if guess else func(*args, **kwargs)
+            known = guesses.get(func) if args and isinstance(args[0], FakeTensor) else None
+            out = known(*args) if known else func(*args, **kwargs)
             if not self.on: return out
             for t in tree_leaves(out):
                 if isinstance(t, torch.Tensor) and t.device.type != 'meta': self.add(t, str(func))
@@ -979,7 +982,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              accumulation=1,       # batches of a step: from the second on, gradients are there already
              clip=True,            # gradients
              workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
-             prepare=None          # function of the model as it will be trained: puts in kernels of Liger, say, returns it
+             prepare=None          # function of the model as it will be trained: puts kernels of others in, returns it
             ):                     # `Simulation`
     "The memory of training steps on a GPU, by making them on tensors without numbers"
     import torch
@@ -989,7 +992,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
     config,kind = _config(model),getattr(torch, DTYPES[dtype])
     net,copy,how = _models(config, kind, setting)
     cast = lambda: torch.autocast('cpu', getattr(torch, DTYPES[autocast])) if autocast else nullcontext()
-    m,rows = meter(_scratch(attention), _share(config)),_rows(objective, net, length, batch, attention)
+    m,rows = meter(_scratch(attention), _share(config), bool(prepare)),_rows(objective, net, length, batch, attention)
     with _traced(config), _world(1 if sharding == 'ddp' else gpus, m) as mesh, FakeTensorMode(
             allow_non_fake_inputs=True), _like_a_gpu(net, attention):
         copy,net = (some and _place(m, some, mesh, setting) for some in (copy, net))

@@ -1,4 +1,4 @@
-"One of two real processes that share a model by FSDP2: what rank 0 finds is on standard output"
+"One of two real processes that share a model by FSDP: what rank 0 finds is on standard output"
 import json, os, sys, warnings
 
 def made(method):
@@ -12,16 +12,22 @@ def made(method):
     from peft import LoraConfig, get_peft_model
     return get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', init_lora_weights=False))
 
+def flat(net, mesh):
+    "The same with FSDP1"
+    from ftkit import simulate as S
+    return allocations(S._flat(net, None), None)
+
 def allocations(net, mesh):
     "Of two steps, one after the other"
     import torch
     from ftkit import simulate as S
-    S._shard(net, mesh, None)
+    if mesh: S._shard(net, mesh, None)
     trained,ids,m = [p for p in net.parameters() if p.requires_grad],torch.zeros(2, 64).long(),S.meter(S._scratch())
+    for p in net.parameters(): m.add(S._mine(p)) # are there already
     optimizer = torch.optim.AdamW(trained, foreach=True)
     with S._like_a_gpu(net, 'sdpa'), S._followed(m), m:
         for _ in range(2): S._step(m, net, optimizer, S._plain, ids, torch.enable_grad, True)
-    return [(e.phase, e.size) for e in m.events if e.n > 0]
+    return [(e.phase, e.size) for e in m.events if e.n > 0 and e.phase != 'load']
 
 def gradients(net, mesh):
     "How far those of our loss are from those of one process, by the name of a weight, beside their own size"
@@ -40,7 +46,8 @@ def main(rank, meeting, what, method):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     dist.init_process_group('gloo', init_method=f'file://{meeting}', rank=int(rank), world_size=2)
-    found = dict(allocations=allocations, gradients=gradients)[what](made(method), init_device_mesh('cpu', (2,)))
+    do = dict(allocations=allocations, flat=flat, gradients=gradients)[what]
+    found = do(made(method), init_device_mesh('cpu', (2,)))
     if rank == '0': print(json.dumps(found))
     dist.destroy_process_group()
 
