@@ -23,6 +23,7 @@ Modules:
 - `ftkit.lora`: A small product beside a frozen matrix
 - `ftkit.mask`: Token ids, and which of them are trained, exact to the character
 - `ftkit.memory`: What a training step takes, from a config alone, and on which GPU it goes
+- `ftkit.meter`: Every allocation that PyTorch makes, written down, and what its allocator on a GPU would make of it
 - `ftkit.mix`: Several sources in the shares you want, and test rows that were not seen in training
 - `ftkit.models`: Load a model ready to be tuned, save the result whole, load it again to the same logits
 - `ftkit.nf4`: Four bits for a weight, and QLoRA on top

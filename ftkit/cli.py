@@ -181,6 +181,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            length:int=2048,        # tokens of a row
            batch:int=1,            # rows that go through the model at once
            accumulation:int=1,     # batches of a step
+           evaluation:int=None,    # rows at once when the loss on others is measured
            objective:str='sft',    # sft, reward, dpo, kto, orpo, cpo, simpo, grpo or ppo
            answers:int=None,       # of grpo and ppo: how many are sampled at once
            r:int=16,               # rank of the adapter
@@ -192,7 +193,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            optim:str='adamw_torch_fused', # by the name it has in transformers
            loss:str='ftkit',       # ftkit's, or transformers': plain
            gpus:int=1,             # among which training is shared
-           sharding:str='fsdp',    # how, with several: fsdp, ddp, zero1, zero2 or zero3
+           sharding:str='fsdp',    # how, with several: fsdp, fsdp1 (traced), ddp, zero1, zero2 or zero3
            trace:store_true=False  # trace a step of the installed libraries, which takes seconds
           ):
     "Say what a training step of a model needs, on which GPUs it goes, and what to change where it does not"
@@ -202,7 +203,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
     config,shown = _model_config(model),None
     said = _set(method, r, targets, autocast, checkpointing, length=length, batch=batch, accumulation=accumulation,
                 objective=objective, dtype=dtype, attention=attention, optim=optim, loss=loss, answers=answers,
-                gpus=gpus, sharding=sharding)
+                gpus=gpus, sharding=sharding, evaluation=evaluation)
     for name in [gpu] if gpu else SHOWN:
         s = usual(name, **said)
         if s != shown: needs,shown = _needs(config, s, trace),s

@@ -384,7 +384,7 @@ def _through(tape, c, s, layers, windowed):
         first.before = last # which is asked for ahead of time, as it came last in that pass
     if first: tape.piece = first.gather()
     unit = first if not tied else None
-    x = left(_embedded(tape, c, net, table, full, s['checkpointing']), unit)
+    x = embedded = left(_embedded(tape, c, net, table, full, s['checkpointing']), unit) # which the model holds on to
     _places(tape, net, s['objective'], x.width)
     for k in range(layers):
         tape.part = 'the first layer' if not k else 'the last layer' if k == layers-1 else 'a layer'
@@ -394,6 +394,7 @@ def _through(tape, c, s, layers, windowed):
         x = entered(x, unit)
         x = left(checkpoint(step, x) if s['checkpointing'] else step(x), unit)
     if not s['checkpointing']: net.cos = net.sin = net.mask = None
+    del embedded
     tape.part = 'the head'
     if last: last.before = unit
     x = norm(entered(x, last if not tied else None), gain, net.style)
@@ -413,8 +414,9 @@ def _lost(x, head, n, net, s, width, unit):
 def _peaks(c, s, layers, windowed):
     "The most bytes of each kind in each part of a step of a model of so many layers"
     tape = Tape(WIDTHS[s['autocast']] if s['autocast'] else None)
-    tape.adds = s['accumulation'] > 1
+    tape.adds,tape.tracks = s['accumulation'] > 1,s['back']
     loss,late = _through(tape, c, s, layers, windowed)
+    if not s['back']: return {'evaluation': tape.peaks['forward'][1]}
     tape.casts,tape.piece,tape.kind,tape.phase = {},None,'backward','backward'
     backward(loss[0])
     if late and late.leaves: late.scatter(last=True) # of the table of tokens
@@ -498,20 +500,21 @@ def _asked(s):
     "The LoRA of settings that exist"
     known = dict(method=METHODS, dtype=WIDTHS, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS,
                  objective=OBJECTIVES, reference=(None, *REFERENCES), loss=LOSSES, checkpointing=(False, True),
-                 sharding=SHARDINGS)
+                 sharding=(*SHARDINGS, 'fsdp1'))
     for name,values in known.items():
         if s[name] not in [*values]: raise FtkitError(
             f"{name} '{s[name]}' is unknown: use one of {', '.join(map(str, values))}")
     names = 'length', 'batch', 'accumulation', 'gpus', 'workspace'
     numbers = length,batch,several,gpus,workspace = [s[n] for n in names]
-    answers = 1 if s['answers'] is None else s['answers']
-    whole = all(type(n) is int for n in (*numbers, answers)) and answers > 0
+    answers,held = (1 if s[n] is None else s[n] for n in ('answers', 'evaluation'))
+    whole = all(type(n) is int for n in (*numbers, answers, held)) and min(answers, held) > 0
+    if s['evaluation'] and s['objective'] in RL: raise FtkitError(f"{s['objective']} measures no loss on other rows")
     if s['answers'] is not None and s['objective'] not in RL: raise FtkitError(f"{s['objective']} samples no answers")
     if not whole or length < 2 or min(batch, several, gpus) < 1 or workspace < 0: raise FtkitError(
         ', '.join(f'{n}={x}' for n,x in zip(names, numbers)) + ': must be whole numbers, large enough')
     if s['attention'] == 'flash' and 'fp32' == s['dtype'] and not s['autocast']: raise FtkitError(
         "flash-attn does not do 32 bits: autocast='bf16', or attention='sdpa'")
-    if s['sharding'] == 'fsdp1' and gpus > 1: raise NotCounted('fsdp1: not counted by formula; simulate traces it')
+    if s['sharding'] == 'fsdp1' and gpus > 1: raise NotCounted('FSDP1 is not counted')
     if several > 1 and gpus > 1: raise NotCounted('accumulation on several GPUs is not counted')
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise NotCounted(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
@@ -606,11 +609,12 @@ def estimate(model,                # as in `read_config`
              gpus=1,               # among which training is shared
              sharding='fsdp',      # how, with several: one of `SHARDINGS`
              accumulation=1,       # batches of a step: from the second on, gradients are there already
+             evaluation=None,      # rows that go through at once when the loss on others is measured, between steps
              workspace=WORKSPACE   # bytes that cuBLAS takes, twice
             ):                     # `Estimate`
     "The memory of a training step on a GPU, counted from a config; the arguments are those of `simulate`"
     asked = {k: v for k,v in locals().items() if k != 'model'}
-    c,s = read_config(model),asked | dict(lora=_asked(asked))
+    c,s = read_config(model),asked | dict(lora=_asked(asked), back=True)
     found,full = _of_objective(parts(c), objective),method == 'full'
     trained,width = found,WIDTHS[dtype]
     if not full: trained,width = adapter_parts(found, **s['lora']) + [p for p in found if p.name == 'score'],4
@@ -619,6 +623,9 @@ def estimate(model,                # as in `read_config`
     late = {} if accumulation > 1 else dict(gradients=grads)
     phases = ahead | _passes(c, s) | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
     all_ = {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()}
+    if evaluation: # there, and not back
+        there = _passes(c, s | dict(batch=evaluation, checkpointing=False, accumulation=1, back=False))
+        all_ |= {phase: _added(s, stays | dict(gradients=0), grads, kinds) for phase,kinds in there.items()}
     if ahead and accumulation > 1: all_['sampling']['gradients'] = 0 # answers are sampled before the first batch
     return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']), all_)
 
@@ -646,7 +653,7 @@ def how(setting # of an `Estimate` or a `Simulation`
     words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else sampled),
              *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
              f"{s['batch']} x {s['length']:,} tokens" + f", {s['accumulation']} times"*(s['accumulation'] > 1),
-             f"{s['dtype']} weights",
+             *([f"{s['evaluation']} rows at once in an evaluation"] if s['evaluation'] else []), f"{s['dtype']} weights",
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
              'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim'],
              *([f"reference: {s['reference']}"] if s['reference'] else []), *(['upcast'] if s['upcast'] else [])]
@@ -754,6 +761,8 @@ CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in t
     ("rows one by one, with accumulation", lambda s, gpu: s['gpus'] == 1 and s['batch'] > 1 and dict(
         batch=1, accumulation=s['batch']*s['accumulation'])),
     ("rows one by one", lambda s, gpu: s['gpus'] > 1 and s['batch'] > 1 and dict(batch=1)),
+    ("as many rows in an evaluation as in a step",
+     lambda s, gpu: (s['evaluation'] or 0) > s['batch'] and dict(evaluation=s['batch'])),
     ("fewer answers at once", lambda s, gpu: (s['answers'] or 1) > 1 and dict(answers=1)),
     ("states in eight bits", lambda s, gpu: s['optim'] in ADAMW and not _is_split(s) and dict(optim='adamw_8bit')),
     ("an adapter", lambda s, gpu: s['method'] == 'full' and dict(

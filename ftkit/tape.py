@@ -28,6 +28,7 @@ class Tape:
         self.live,self.kinds,self.peaks,self.phase,self.kind = 0,{},{},'forward','activations'
         self.part,self.order,self.frame,self.grads = 'model',0,None,{}
         self.piece,self.asked,self.sums = None,{},None # of weights that are shared among GPUs
+        self.tracks = True # is there a way back?
         self.adds,self.parts = False,{} # are there gradients of earlier rows? leaf -> in how many parts a new one comes
 
     def count(self, size, kind):
@@ -106,7 +107,7 @@ def made(inputs, # values
         ):       # `Value`
     "The result of an operation"
     x,t = inputs[0],inputs[0].tape
-    tracked = any(i.node for i in inputs)
+    tracked = t.tracks and any(i.node for i in inputs)
     held = _hold(t, holds) if tracked else ()
     y = Value(t, shape or x.shape, width or x.width, block) if block else x.new(shape, width)
     if not tracked: return y

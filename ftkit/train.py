@@ -301,8 +301,9 @@ def _settings(out, precision, options, rate, evaluate, fresh, patience):
     if precision not in ('fp32', 'fp16', 'bf16'): raise FtkitError(f"precision '{precision}' is not fp32, fp16 or bf16")
     max_steps = options.get('max_steps', -1 if 'num_train_epochs' in options else 150)
     often = max(1, min(50, max_steps//5)) if max_steps > 0 else 50
-    defaults = dict(output_dir=str(out), max_steps=max_steps, per_device_train_batch_size=8,
-        per_device_eval_batch_size=32, learning_rate=rate, lr_scheduler_type='linear', warmup_steps=5,
+    rows = options.get('per_device_train_batch_size', 8)
+    defaults = dict(output_dir=str(out), max_steps=max_steps, per_device_train_batch_size=rows,
+        per_device_eval_batch_size=2*rows, learning_rate=rate, lr_scheduler_type='linear', warmup_steps=5,
         weight_decay=0., logging_steps=1, save_steps=often, save_total_limit=2, report_to='none', disable_tqdm=True,
         eval_strategy='steps' if evaluate else 'no', eval_steps=often, eval_on_start=evaluate and fresh,
         remove_unused_columns=False, prediction_loss_only=True, seed=0, gradient_checkpointing=False,
@@ -380,6 +381,9 @@ def _setting(trainer, objective):
                  autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None, optim=str(args.optim.value),
                  objective=objective, checkpointing=bool(model.is_gradient_checkpointing))
     if args.world_size == 1: found['accumulation'] = args.gradient_accumulation_steps
+    share = args.per_device_eval_batch_size/args.per_device_train_batch_size
+    if not model.training: found['batch'] = max(1, round(batch/share)) # an evaluation ran out
+    if trainer.eval_dataset is not None: found['evaluation'] = max(1, round(found['batch']*share))
     if attention: found['attention'] = attention
     layers = sorted({n.split('.')[-1] for n in adapter.target_modules}) if adapter else None
     if adapter: found['lora'] = dict(r=adapter.r, target_modules=layers)

@@ -372,3 +372,38 @@ def test_the_bench_for_a_gpu(tmp_path):
     with open(tmp_path/'memory_gpu.csv') as f: made = [*csv.DictReader(f)]
     assert made and not any(r.get('error') for r in made) and made[0]['torch']
     for r in made: assert (int(r['predicted'] or 0) > 2**20) == (r['engine'] == 'ftkit')
+
+# evaluation
+
+@pytest.mark.parametrize('s', [
+    dict(method='qlora', checkpointing=True), dict(loss='plain'), dict(method='full', dtype='fp32', autocast='bf16'),
+    dict(objective='dpo'), dict(objective='reward'), dict(attention='eager'), dict(method='full', accumulation=2)])
+def test_an_evaluation_is_counted_as_it_is_traced(s):
+    "Between two steps, with no way back; what is not counted is 5 MB"
+    from ftkit.simulate import WORKSPACE, simulate
+    config = bench.model('SmolLM2-135M')
+    for rows in (4, 32):
+        traced = simulate(config, **s, length=512, evaluation=rows).phases['evaluation'] + 2*WORKSPACE
+        counted = sum(estimate(config, **s, length=512, evaluation=rows).phases['evaluation'].values())
+        assert abs(counted - traced) < max(5e6, 2e-3*traced), (rows, counted, traced)
+
+@pytest.mark.parametrize('name', ['SmolLM2-135M', 'Llama-3.1-8B', 'gemma-2-2b'])
+def test_twice_the_rows_fit_where_a_step_does(name):
+    "What `train` evaluates at once takes no more than its step; sixteen times the rows do"
+    config = bench.model(name)
+    for s in (dict(method='qlora', checkpointing=True), dict(), dict(method='full', checkpointing=True),
+              dict(loss='plain'), dict(objective='dpo', checkpointing=True)):
+        for length in (512, 4096):
+            most = lambda n: estimate(config, **s, length=length, batch=2, evaluation=n).peak == 'evaluation'
+            assert not most(4), (s, length)
+    assert estimate(config, 'qlora', 4096, 2, checkpointing=True, evaluation=32).peak == 'evaluation'
+
+def test_an_evaluation_that_does_not_fit():
+    "The change that helps is named; odd numbers and objectives that measure none are refused"
+    config = bench.model('Llama-3.1-8B')
+    found = next(c for c in changes(config, 't4', **usual('t4', 'qlora', length=4096, batch=1, evaluation=32))
+                 if 'evaluation' in c.text)
+    assert found.saved > 2**33 and found.fit.verdict == 'fits'
+    assert '32 rows at once in an evaluation' in how(estimate(config, evaluation=32).setting)
+    for odd in (dict(evaluation=0), dict(evaluation=1.5), dict(evaluation=4, objective='grpo')):
+        with pytest.raises(FtkitError): estimate(config, **odd)
