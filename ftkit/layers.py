@@ -129,6 +129,7 @@ def fused_attention(q,  # `Value` of shape (tokens, heads x wide)
         return out
     return made([q, k, v], back, [q, k, v, sums, *mask], own=True)
 
+# %% ../nbs/05_layers.ipynb #4c5362b7
 def _steps(n, step): return -(-n//step)*step
 
 def _sums_of_flash(width, kv, net):

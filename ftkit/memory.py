@@ -653,7 +653,8 @@ def how(setting # of an `Estimate` or a `Simulation`
     words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else sampled),
              *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
              f"{s['batch']} x {s['length']:,} tokens" + f", {s['accumulation']} times"*(s['accumulation'] > 1),
-             *([f"{s['evaluation']} rows at once in an evaluation"] if s['evaluation'] else []), f"{s['dtype']} weights",
+             *([f"{s['evaluation']} rows at once in an evaluation"] if s['evaluation'] else []),
+             f"{s['dtype']} weights",
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],
              'checkpointing' if s['checkpointing'] else 'no checkpointing', s['optim'],
              *([f"reference: {s['reference']}"] if s['reference'] else []), *(['upcast'] if s['upcast'] else [])]

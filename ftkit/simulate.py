@@ -164,7 +164,7 @@ def _in_32_bits(model):
 
 # %% ../nbs/45_simulate.ipynb #46b43f14
 def _flash_backward(grad, q, k, *_):
-    "Bytes that flash-attn needs on the way back (mha_bwd): sums for each query, and keys and values for each of its heads"
+    "Bytes that flash-attn takes on the way back (mha_bwd): sums for each query, keys and values for each of its heads"
     if q.element_size() == 4: return 0 # it does not do 32 bits
     batch,heads,n,width = q.shape
     rows,across = batch*heads*_round(n, 128),_round(width, 32 if width <= 128 else 64)
@@ -506,7 +506,7 @@ def _shard(net, mesh, autocast):
     fully_shard(net, **how)
 
 def _flat(net, autocast):
-    "The same by FSDP1, as accelerate and PEFT's fsdp_auto_wrap_policy have it: a unit is a layer, or a matrix of an adapter"
+    "The same by FSDP1, as accelerate and PEFT's fsdp_auto_wrap_policy have it: a layer, or a matrix of an adapter"
     import torch
     from torch.distributed.fsdp import FullyShardedDataParallel as Flat, MixedPrecision
     from torch.distributed.fsdp.wrap import CustomPolicy
@@ -522,6 +522,7 @@ def _flat(net, autocast):
             flat.data,layer._handle._orig_param_dtype = flat.data.float(),torch.float32
     return made
 
+# %% ../nbs/45_simulate.ipynb #6aa0ba3a
 def _place(m, net, mesh, asked):
     "A model in memory, or this GPU's part of it, or all of it with a place to sum gradients up"
     import torch
@@ -536,6 +537,16 @@ def _place(m, net, mesh, asked):
     sizes = _buckets([p for p in net.parameters() if p.requires_grad])
     m.kinds |= {m.new(size, 'a bucket'): 'gradients' for size in sizes}
     return net
+
+
+def _in_memory(m, mesh, copy, net, asked):
+    "(the frozen copy or None, the model, what of it is trained), in memory and named"
+    copy,net = (some if some is None else _place(m, some, mesh, asked) for some in (copy, net))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    m.name([p for p in net.parameters() if not p.requires_grad], 'weights')
+    m.name(trained, 'weights' if asked['method'] == 'full' else 'adapter')
+    if copy is not None: m.name(copy.parameters(), 'reference')
+    return copy, net, trained
 
 # %% ../nbs/45_simulate.ipynb #56087c09
 def _buckets(params, first=MiB, most=25*MiB):
@@ -565,7 +576,7 @@ def _ahead(s, net, copy, how, critic):
     return found
 
 # %% ../nbs/45_simulate.ipynb #9f6b2b6c
-WORKSPACE = 8519680 # bytes that cuBLAS takes of the allocator in each of two threads, forward and backward; 32 MiB on Hopper
+WORKSPACE = 8519680 # bytes that cuBLAS takes in each of two threads, forward and backward; 32 MiB on Hopper
 
 @dataclass
 class Simulation:
@@ -758,23 +769,8 @@ def _preference(objective, net):
 # %% ../nbs/45_simulate.ipynb #d527994a
 METHODS,ATTENTIONS = ('full', 'lora', 'qlora'), ('sdpa', 'flash', 'efficient', 'eager')
 
-def _check(length, batch, accumulation, evaluation, workspace, objective, method, upcast, lora, gpus, answers, **setting):
-    "Refuse what does not exist, or does not go together"
-    known = dict(dtype=DTYPES, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS, optim=OPTIMS,
-                 reference=(None, *REFERENCES), loss=LOSSES, checkpointing=(False, True, 'reentrant'),
-                 sharding=SHARDINGS)
-    _asked(known, **{name: setting[name] for name in known})
-    _asked(dict(method=METHODS, objective=OBJECTIVES), method=method, objective=objective)
-    if answers is not None and objective not in RL: raise FtkitError(f'answers={answers}: {objective} samples none')
-    if setting['reference'] == 'precomputed' and objective in RL: raise FtkitError(
-        f"{objective} asks its reference about new answers: reference='adapter' or 'copy'")
-    several = type(gpus) is int and gpus > 1
-    split = several and setting['sharding'] == 'fsdp'
-    if several and setting['sharding'] == 'fsdp1' and (objective != 'sft' or setting['loss'] == 'ftkit'): raise FtkitError(
-        "fsdp1 is followed with a loss of transformers alone: objective='sft', loss='plain' or 'kept'")
-    if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
-        "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
-    if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
+def _check_numbers(objective, gpus, answers, length, batch, accumulation, evaluation, workspace):
+    "Refuse numbers that are none"
     some = [1 if n is None else n for n in (answers, evaluation)]
     numbers = length,batch,accumulation,workspace,gpus,*some
     if evaluation and objective in RL: raise FtkitError(f'{objective} measures no loss on other rows')
@@ -785,6 +781,25 @@ def _check(length, batch, accumulation, evaluation, workspace, objective, method
         f'gpus={gpus}, workspace={workspace}: must be whole numbers')
     if min(length - (objective != 'sft'), batch, accumulation) < 1: raise FtkitError(
         f'length={length}, batch={batch}, accumulation={accumulation}: too small')
+
+def _check(objective, method, upcast, lora, gpus, answers, **setting):
+    "Refuse what does not exist, or does not go together"
+    _check_numbers(objective, gpus, answers, *(setting[n] for n in ('length', 'batch', 'accumulation', 'evaluation',
+                                                                    'workspace')))
+    known = dict(dtype=DTYPES, autocast=(None, 'bf16', 'fp16'), attention=ATTENTIONS, optim=OPTIMS,
+                 reference=(None, *REFERENCES), loss=LOSSES, checkpointing=(False, True, 'reentrant'),
+                 sharding=SHARDINGS)
+    _asked(known, **{name: setting[name] for name in known})
+    _asked(dict(method=METHODS, objective=OBJECTIVES), method=method, objective=objective)
+    if answers is not None and objective not in RL: raise FtkitError(f'answers={answers}: {objective} samples none')
+    if setting['reference'] == 'precomputed' and objective in RL: raise FtkitError(
+        f"{objective} asks its reference about new answers: reference='adapter' or 'copy'")
+    split,flat = (gpus > 1 and setting['sharding'] == way for way in ('fsdp', 'fsdp1'))
+    if flat and (objective != 'sft' or setting['loss'] == 'ftkit'): raise FtkitError(
+        "fsdp1 is followed with a loss of transformers alone: objective='sft', loss='plain' or 'kept'")
+    if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
+        "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
+    if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
     if setting['attention'] == 'flash' and setting['dtype'] == 'fp32' and not setting['autocast']: raise FtkitError(
         "flash-attn does not do 32 bits: autocast='bf16', or attention='sdpa'")
     if upcast and method != 'qlora': raise FtkitError("upcast is for what four bits leave: method='qlora'")
@@ -826,10 +841,6 @@ def simulate(model,                # a config of transformers, a folder or a Hub
         n and _rows(objective, net, length, n, attention) for n in (batch, evaluation)]
     with _traced(config), _world(1 if sharding == 'ddp' else gpus, m) as mesh, FakeTensorMode(
             allow_non_fake_inputs=True), _like_a_gpu(net, attention):
-        copy,net = (some and _place(m, some, mesh, setting) for some in (copy, net))
-        trained = [p for p in net.parameters() if p.requires_grad]
-        m.name([p for p in net.parameters() if not p.requires_grad], 'weights')
-        m.name(trained, 'weights' if method == 'full' else 'adapter')
-        if copy: m.name(copy.parameters(), 'reference')
+        copy,net,trained = _in_memory(m, mesh, copy, net, setting)
         events = _two_steps(m, net, copy, how, trained, rows, setting, cast)
     return Simulation(setting, events, m.kinds, config.get_text_config().vocab_size, workspace)
