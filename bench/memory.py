@@ -2,10 +2,11 @@
 
     python bench/memory.py [ID ...]
 
-Every row of `measured_memory.csv` whose conditions are known to the last: what was the most allocated and reserved
+Every row of `measured_memory.csv` that was measured to a tenth of a MiB: what was the most allocated and reserved
 there, and what `simulate` says, which has seen no GPU. Rows of the T4 were measured with libraries near ours; for
 those of the A100 the versions they were measured with are put into a folder of their own first, with the kernels that
-some of them use (needs a package index and 1.5 GB). A quarter of an hour. Prints a line for each row, and mean and
+some of them use (needs a package index and 1.5 GB); that GPT-BigCode kept its cache is inferred from what it took. A
+quarter of an hour. Prints a line for each row, and mean and
 worst errors, kept in bench/results/memory.json, and the table of measured.csv.
 """
 import os
@@ -127,7 +128,7 @@ def table(out):
     with (HERE/'measured.csv').open('w', newline='') as f:
         w = csv.writer(f)
         w.writerow([*names, 'predicted_mib'])
-        for row in rows(): w.writerow([*(row[c] for c in names.values()), round(found[row['id']]['mib'], 1)])
+        for row in rows(): w.writerow([*(row[c] for c in names.values()), round(found[row['id']]['mib'], 3)])
 
 def said(row, found):
     gpus = row['gpu'] if row['n_gpus'] == '1' else f"{row['n_gpus']} {row['gpu']}"
@@ -137,7 +138,8 @@ def said(row, found):
     return f"{row['id']} {row['model']}, {', '.join(kind)}: {found['mib']:,.0f} MiB, {found['allocated']:+.3%}{more}"
 
 def summed(out, name, kind):
-    sizes,n = [abs(x[name]) for x in out if name in x],len(out)
+    sizes = [abs(x[name]) for x in out if name in x]
+    n = len(sizes)
     if sizes: print(f'{kind}, {name}: {n} runs, mean error {sum(sizes)/n:.2%}, worst {max(sizes):.2%}')
 
 def main(*only):

@@ -193,7 +193,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            optim:str='adamw_torch_fused', # by the name it has in transformers
            loss:str='ftkit',       # ftkit's, or transformers': plain
            gpus:int=1,             # among which training is shared
-           sharding:str='fsdp',    # how, with several: fsdp, fsdp1 (traced), ddp, zero1, zero2 or zero3
+           sharding:str='fsdp',    # how: fsdp, fsdp1 (with --loss plain), ddp, zero1, zero2 or zero3
            trace:store_true=False  # trace a step of the installed libraries, which takes seconds
           ):
     "Say what a training step of a model needs, on which GPUs it goes, and what to change where it does not"

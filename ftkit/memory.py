@@ -12,7 +12,7 @@ Docs: https://ftkit.github.io/ftkit/memory.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'WIDTHS', 'EIGHT', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'RL', 'KINDS', 'LOSSES', 'ATTENTIONS', 'REFERENCES',
            'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'ENGINE', 'GPUS', 'CONTEXT',
-           'ADAMW', 'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
+           'STREAMS', 'ADAMW', 'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
            'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how', 'serving',
            'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'stored', 'largest']
 
@@ -511,7 +511,7 @@ def _asked(s):
     if s['evaluation'] and s['objective'] in RL: raise FtkitError(f"{s['objective']} measures no loss on other rows")
     if s['answers'] is not None and s['objective'] not in RL: raise FtkitError(f"{s['objective']} samples no answers")
     if not whole or length < 2 or min(batch, several, gpus) < 1 or workspace < 0: raise FtkitError(
-        ', '.join(f'{n}={x}' for n,x in zip(names, numbers)) + ': must be whole numbers, large enough')
+        ', '.join(f'{n}={s[n]!r}' for n in (*names, 'answers', 'evaluation')) + ': must be whole numbers, large enough')
     if s['attention'] == 'flash' and 'fp32' == s['dtype'] and not s['autocast']: raise FtkitError(
         "flash-attn does not do 32 bits: autocast='bf16', or attention='sdpa'")
     if s['sharding'] == 'fsdp1' and gpus > 1: raise NotCounted('FSDP1 is not counted')
@@ -623,9 +623,10 @@ def estimate(model,                # as in `read_config`
     late = {} if accumulation > 1 else dict(gradients=grads)
     phases = ahead | _passes(c, s) | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
     all_ = {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()}
-    if evaluation: # there, and not back
+    if evaluation: # forward only; gradients of earlier batches are gone, buckets are not
         there = _passes(c, s | dict(batch=evaluation, checkpointing=False, accumulation=1, back=False))
-        all_ |= {phase: _added(s, stays | dict(gradients=0), grads, kinds) for phase,kinds in there.items()}
+        keeps = stays | (dict(gradients=0) if accumulation > 1 else {})
+        all_ |= {phase: _added(s, keeps, grads, kinds) for phase,kinds in there.items()}
     if ahead and accumulation > 1: all_['sampling']['gradients'] = 0 # answers are sampled before the first batch
     return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']), all_)
 
@@ -736,13 +737,17 @@ def _hint(name, verdict, setting):
     hints = ['set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True']*(verdict == 'tight')
     return '; '.join(hints + [f"a {name.upper()} has neither bf16 nor flash: dtype='fp16', attention='efficient'"]*old)
 
+STREAMS = 4/3 # what FSDP reserves, whose gathered weights have blocks of their own, over what is reserved without them
+
 def fits(needs,    # an `Estimate`, or a `Simulation`
          gpu='t4'  # one of `GPUS`, or bytes
         ):         # `Fit`
     "Does it go on a GPU? Not where what is in use is more than there is; tightly where what is reserved is"
     name,capacity,own = _gpu(gpu)
     if not hasattr(needs, 'reserved'): raise FtkitError(f'{needs!r}: neither an Estimate nor a Simulation')
-    needed,reserved = needs.allocated+own,needs.reserved+own
+    s,wide = needs.setting,needs.reserved
+    if s['gpus'] > 1 and s['sharding'] in ('fsdp', 'fsdp1'): wide *= STREAMS
+    needed,reserved = needs.allocated+own,round(wide)+own
     verdict = 'does not fit' if needed > capacity else 'tight' if reserved > capacity else 'fits'
     return Fit(name, verdict, needed, reserved, capacity, _hint(name, verdict, needs.setting))
 

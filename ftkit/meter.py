@@ -79,7 +79,7 @@ class _Ledger:
 
 # %% ../nbs/44_meter.ipynb #22a0f4a2
 def _guesses(share, guess):
-    "What is said of numbers that are not there"
+    "What is said of numbers that are not there; of any table, that it is the one of experts and their tokens"
     import torch
     aten = torch.ops.aten
     def found(t): return t.new_empty((round(t.numel()*(share if t.ndim == 2 else 1)), t.ndim), dtype=torch.long)

@@ -158,15 +158,15 @@ def _in_32_bits(model):
     made = {}
     for m in model.modules():
         for name,p in list(m._parameters.items()):
-            if p is None or p.dtype not in (torch.float16, torch.bfloat16): continue
+            if p is None or hasattr(p, 'quant_state') or p.dtype not in (torch.float16, torch.bfloat16): continue
             if id(p) not in made: made[id(p)] = torch.nn.Parameter(torch.empty_like(p, dtype=torch.float32), False), p
             m._parameters[name] = made[id(p)][0]
 
 # %% ../nbs/45_simulate.ipynb #46b43f14
 def _flash_backward(grad, q, k, *_):
     "Bytes that flash-attn takes on the way back (mha_bwd): sums for each query, keys and values for each of its heads"
-    if q.element_size() == 4: return 0 # it does not do 32 bits
     batch,heads,n,width = q.shape
+    if q.element_size() == 4 or width > 256: return 0 # another kernel
     rows,across = batch*heads*_round(n, 128),_round(width, 32 if width <= 128 else 64)
     return 4*rows*(1+across) + (2*batch*heads*k.shape[2]*width*q.element_size() if k.shape[1] != heads else 0)
 
@@ -214,7 +214,9 @@ def _autocast_as_on_cuda(use):
 
 def _without_kernels(use):
     "A Triton kernel does nothing"
-    if jit := sys.modules.get('triton.runtime.jit'): use(jit.JITFunction, 'run', lambda *_, **__: None)
+    for place,name in (('jit', 'JITFunction'), ('autotuner', 'Autotuner')):
+        if found := getattr(sys.modules.get(f'triton.runtime.{place}'), name, None): use(
+            found, 'run', lambda *_, **__: None)
 
 # %% ../nbs/45_simulate.ipynb #561a0115
 @contextmanager
@@ -232,6 +234,7 @@ def _like_a_gpu(model, attention):
         n = q.shape[-3]//k.shape[-3]
         return attend(q, *(k, v) if n == 1 else (x.repeat_interleave(n, -3) for x in (k, v)), *args, **kwargs)
     def flash(q, k, v, *_, softmax_scale=None, target_dtype=None, **__):
+        if q.shape[-1] > 256: raise ValueError(f'flash-attn takes heads of up to 256 numbers, not {q.shape[-1]}')
         q,k,v = (x.to(target_dtype or x.dtype).transpose(1, 2) for x in (q, k, v))
         return attend(q, k, v, None, 0., True, softmax_scale, q.shape[-3] != k.shape[-3]).transpose(1, 2)
     with ExitStack() as stack:
@@ -355,8 +358,9 @@ def _group(net, length, batch, attention):
 def _at_rest(net):
     "Not training, and no way back"
     import torch
-    some = [layer for layer in net.modules() if hasattr(layer, 'gradient_checkpointing')]
-    for layer in some: layer.training = False # not all layers: in four bits they would be packed for a CPU
+    # but for layers in four bits, which would be packed for a CPU
+    some = [layer for layer in net.modules() if layer.training and not hasattr(layer, 'quant_state')]
+    for layer in some: layer.training = False
     with torch.no_grad(): yield
     for layer in some: layer.training = True
 
@@ -418,8 +422,8 @@ def _pass(m, model, loss, batch, cast, ahead):
     (found[0] if isinstance(found, tuple) else found).backward()
 
 def _evaluated(m, model, loss, batch, cast, ahead):
-    "There, and not back"
-    m.phase = 'evaluation'
+    "Forward only"
+    m.phase,batch = 'evaluation',dict(batch) if isinstance(batch, dict) else batch
     with _at_rest(model), cast():
         for f in ahead.values(): f(batch)
         loss(model, batch)
@@ -585,7 +589,7 @@ class Simulation:
     events: list         # of `Event`
     kinds: dict          # number of an allocation -> what it is, where it has a name
     vocab: int           # size of the vocabulary
-    workspace: int = WORKSPACE # bytes
+    workspace: int = WORKSPACE # bytes, forward, and backward
     replays: dict = field(default_factory=dict, repr=False)
 
     def replay(self, expandable=False):
@@ -695,8 +699,16 @@ def _built(config, kind, asked, scores=False):
     if method != 'full':
         if checkpointing: net.enable_input_require_grads()
         net = _adapted(net, dict(r=16, lora_alpha=32, target_modules='all-linear') | (asked['lora'] or {}))
-    return asked['prepare'](net) if asked['prepare'] else net
+    return _prepared(net, asked['prepare'])
 
+def _prepared(net, prepare):
+    "What a caller makes of a model; it may return nothing, where it has changed it in its place"
+    if prepare is None: return net
+    try: found = prepare(net)
+    except Exception as e: raise FtkitError(f'prepare: {type(e).__name__}: {e}'.split(chr(10))[0]) from e
+    if found is not None and not hasattr(found, 'named_parameters'): raise FtkitError(
+        f'prepare returns a {type(found).__name__}, not a model')
+    return net if found is None else found
 
 def _models(config, kind, asked):
     "(the one that is trained, a frozen copy or None, how the reference is made or None)"
@@ -731,7 +743,7 @@ def _fake(x, m):
 def _traced(config):
     "What PyTorch cannot trace is named"
     try: yield
-    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as e: raise FtkitError(
+    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError, LookupError) as e: raise FtkitError(
         f'a {config.model_type} of this size cannot be traced: {e}'.split(chr(10))[0]) from e
 
 def _rows(objective, net, length, batch, attention):
@@ -750,7 +762,7 @@ def _loss_of(s, net, critic, how):
 def _two_steps(m, net, copy, how, trained, rows, s, cast):
     "What is allocated and freed in two steps"
     critic = _critic(net, trained) if s['objective'] == 'ppo' else None
-    optimizer,made,held = _optimizer(s['optim'], trained, net, m),*(r is not None and _fake(r, m) for r in rows)
+    optimizer,(made,held) = _optimizer(s['optim'], trained, net, m),(_fake(r, m) for r in rows)
     ahead,loss = _ahead(s, net, copy, how, critic),_loss_of(s, net, critic, how)
     with m, _named(m, net):
         for k in range(2):
@@ -777,8 +789,8 @@ def _check_numbers(objective, gpus, answers, length, batch, accumulation, evalua
     whole = all(type(n) is int for n in numbers)
     if whole and accumulation > 1 and gpus > 1: raise FtkitError('accumulation on several GPUs is not traced')
     if not whole or workspace < 0 or not 0 < gpus < 2**16 or min(some) < 1: raise FtkitError(
-        f'length={length}, batch={batch}, accumulation={accumulation}, answers={answers}, evaluation={evaluation}, '
-        f'gpus={gpus}, workspace={workspace}: must be whole numbers')
+        f'length={length!r}, batch={batch!r}, accumulation={accumulation!r}, answers={answers!r}, '
+        f'evaluation={evaluation!r}, gpus={gpus!r}, workspace={workspace!r}: must be whole numbers')
     if min(length - (objective != 'sft'), batch, accumulation) < 1: raise FtkitError(
         f'length={length}, batch={batch}, accumulation={accumulation}: too small')
 
@@ -797,6 +809,7 @@ def _check(objective, method, upcast, lora, gpus, answers, **setting):
     split,flat = (gpus > 1 and setting['sharding'] == way for way in ('fsdp', 'fsdp1'))
     if flat and (objective != 'sft' or setting['loss'] == 'ftkit'): raise FtkitError(
         "fsdp1 is followed with a loss of transformers alone: objective='sft', loss='plain' or 'kept'")
+    if flat and upcast: raise FtkitError('fsdp1 makes one tensor of a layer, whose weights upcast leaves in two kinds')
     if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
         "FSDP2 under autocast keeps what is trained in 32 bits: dtype='fp32'")
     if split and objective == 'ppo': raise FtkitError('ppo: its critic is not shared among GPUs')
@@ -827,7 +840,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              evaluation=None,      # rows that go through at once when the loss on others is measured, between steps
              clip=True,            # gradients
              workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
-             prepare=None          # function of the model as it will be trained: puts kernels of others in, returns it
+             prepare=None          # function of the model to be trained (no copy of it) that puts other kernels in
             ):                     # `Simulation`
     "The memory of training steps on a GPU, by making them on tensors without numbers"
     import torch

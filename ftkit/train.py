@@ -366,6 +366,12 @@ def _tried(make, train_dataset, **kwargs):
     return trainer
 
 # %% ../nbs/40_train.ipynb #e10cfd76
+def _as_in_a_step(rows, width, share, training):
+    "(rows of a step, their length, rows of an evaluation, which has a share as many), of the one that was measured"
+    if training: return rows, width, max(1, round(rows*share))
+    if rows == 1: return 1, max(2, round(width/share)), max(1, round(share)) # several in one
+    return max(1, round(rows/share)), width, rows
+
 def _setting(trainer, objective):
     "Of a run, as `ftkit.memory.estimate` takes it"
     import torch
@@ -375,15 +381,16 @@ def _setting(trainer, objective):
     floats = [p for p in model.parameters() if p.is_floating_point() and (not adapter or not p.requires_grad)]
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}.get(floats[0].dtype, 'fp32')
     attention = dict(flash_attention_2='flash', eager='eager').get(model.config._attn_implementation)
-    batch = rows if objective == 'sft' else args.per_device_train_batch_size
-    length = width if objective == 'sft' else max(2, rows*width*2//(3*batch)) # a prompt and two answers, alike
+    n,share = args.per_device_train_batch_size,args.per_device_eval_batch_size/args.per_device_train_batch_size
+    batch,length,held = _as_in_a_step(rows, width, share, model.training)
+    if objective != 'sft': # a prompt and two answers, alike
+        length = max(2, round(rows*width*2/(3*n*(1 if model.training else share))))
+        batch,held = n,args.per_device_eval_batch_size
     found = dict(method='full' if not adapter else 'qlora' if four else 'lora', dtype=kind, batch=batch, length=length,
                  autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None, optim=str(args.optim.value),
                  objective=objective, checkpointing=bool(model.is_gradient_checkpointing))
     if args.world_size == 1: found['accumulation'] = args.gradient_accumulation_steps
-    share = args.per_device_eval_batch_size/args.per_device_train_batch_size
-    if not model.training: found['batch'] = max(1, round(batch/share)) # an evaluation ran out
-    if trainer.eval_dataset is not None: found['evaluation'] = max(1, round(found['batch']*share))
+    if trainer.eval_dataset is not None: found['evaluation'] = held
     if attention: found['attention'] = attention
     layers = sorted({n.split('.')[-1] for n in adapter.target_modules}) if adapter else None
     if adapter: found['lora'] = dict(r=adapter.r, target_modules=layers)

@@ -377,7 +377,8 @@ def test_the_bench_for_a_gpu(tmp_path):
 
 @pytest.mark.parametrize('s', [
     dict(method='qlora', checkpointing=True), dict(loss='plain'), dict(method='full', dtype='fp32', autocast='bf16'),
-    dict(objective='dpo'), dict(objective='reward'), dict(attention='eager'), dict(method='full', accumulation=2)])
+    dict(objective='dpo'), dict(objective='reward'), dict(attention='eager'), dict(method='full', accumulation=2),
+    dict(method='full', gpus=2, sharding='ddp'), dict(method='full', gpus=2, dtype='fp32')])
 def test_an_evaluation_is_counted_as_it_is_traced(s):
     "Between two steps, with no way back; what is not counted is 5 MB"
     from ftkit.simulate import WORKSPACE, simulate
@@ -389,7 +390,7 @@ def test_an_evaluation_is_counted_as_it_is_traced(s):
 
 @pytest.mark.parametrize('name', ['SmolLM2-135M', 'Llama-3.1-8B', 'gemma-2-2b'])
 def test_twice_the_rows_fit_where_a_step_does(name):
-    "What `train` evaluates at once takes no more than its step; sixteen times the rows do"
+    "With fused attention what `train` evaluates at once takes no more than its step; sixteen times the rows do"
     config = bench.model(name)
     for s in (dict(method='qlora', checkpointing=True), dict(), dict(method='full', checkpointing=True),
               dict(loss='plain'), dict(objective='dpo', checkpointing=True)):

@@ -140,6 +140,29 @@ def test_no_memory_left(tmp_path, monkeypatch, objective):
     monkeypatch.setattr(memory, 'FAMILIES', {})
     assert 'gradient_checkpointing=True' in failed()
 
+def test_which_of_both_had_no_memory_left():
+    "From the shape of what was running, a step's and an evaluation's, with twice its rows: padded, and several in one"
+    from ftkit.train import _as_in_a_step as both
+    assert both(4, 600, 2, True) == (4, 600, 8) and both(8, 600, 2, False) == (4, 600, 8)
+    assert both(1, 2048, 2, True) == (1, 2048, 2) and both(1, 4096, 2, False) == (1, 2048, 2)
+    assert both(3, 512, 2, False) == (2, 512, 3) and both(1, 3, 32, False) == (1, 2, 32)
+
+@pytest.mark.parametrize('objective', ['sft', 'dpo'])
+def test_an_evaluation_that_ran_out(tmp_path, monkeypatch, objective):
+    "What a step is, and what the evaluation, whichever of them it was"
+    from types import SimpleNamespace
+    from ftkit.tiny import tiny
+    from ftkit.train import _setting
+    from transformers import TrainingArguments
+    model = tiny()[1]
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=8, use_cpu=True)
+    def said(shape, training): return {k: _setting(SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda m: m.train(training)), model=model, args=args, shape=shape,
+        eval_dataset=[1]), objective)[k] for k in ('batch', 'length', 'evaluation')}
+    rows = (4, 8) if objective == 'sft' else (6, 12) # of pairs, a prompt and two answers
+    step = dict(batch=4, length=600, evaluation=8)
+    assert said((rows[0], 600), True) == step and said((rows[1], 600), False) == step
+
 @pytest.mark.parametrize('adapter', [None, 'lora'])
 def test_what_a_run_takes_on_the_disk(tmp_path, adapter):
     "Files of weights and of the optimizer, but for the names in them"
