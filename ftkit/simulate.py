@@ -428,13 +428,19 @@ def _evaluated(m, model, loss, batch, cast, ahead):
         for f in ahead.values(): f(batch)
         loss(model, batch)
 
+def _shared_out(model, now):
+    "FSDP shares gradients out after the last batch of a step, as transformers has it; until then they are whole"
+    if hasattr(model, 'set_requires_gradient_sync'): model.set_requires_gradient_sync(now)
+    return nullcontext() if now or not hasattr(model, 'no_sync') else model.no_sync()
+
+# %% ../nbs/45_simulate.ipynb #f24d1429
 def _step(m, model, optimizer, loss, batch, cast, clip, ahead=None, passes=1):
-    "One step, phase by phase; more than two passes take no more than two"
+    "One step, phase by phase; more than three passes take no more than three"
     import torch
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    for k in range(min(passes, 2)): # answers are sampled once, before the first
+    params,passes = [p for group in optimizer.param_groups for p in group['params']],min(passes, 3)
+    for k in range(passes): # answers are sampled once, before the first
         once = {phase: f for phase,f in (ahead or {}).items() if not k or phase != 'sampling'}
-        _pass(m, model, loss, batch, cast, once)
+        with _shared_out(model, k == passes-1): _pass(m, model, loss, batch, cast, once)
         m.name([p.grad for p in params if p.grad is not None], 'gradients')
     m.phase = 'clip'
     if clip: torch.nn.utils.clip_grad_norm_(params, 1.)
@@ -787,7 +793,6 @@ def _check_numbers(objective, gpus, answers, length, batch, accumulation, evalua
     numbers = length,batch,accumulation,workspace,gpus,*some
     if evaluation and objective in RL: raise FtkitError(f'{objective} measures no loss on other rows')
     whole = all(type(n) is int for n in numbers)
-    if whole and accumulation > 1 and gpus > 1: raise FtkitError('accumulation on several GPUs is not traced')
     if not whole or workspace < 0 or not 0 < gpus < 2**16 or min(some) < 1: raise FtkitError(
         f'length={length!r}, batch={batch!r}, accumulation={accumulation!r}, answers={answers!r}, '
         f'evaluation={evaluation!r}, gpus={gpus!r}, workspace={workspace!r}: must be whole numbers')

@@ -26,7 +26,8 @@ def allocations(net, mesh):
     for p in net.parameters(): m.add(S._mine(p)) # are there already
     optimizer = torch.optim.AdamW(trained, foreach=True)
     with S._like_a_gpu(net, 'sdpa'), S._followed(m), m:
-        for _ in range(2): S._step(m, net, optimizer, S._plain, ids, torch.enable_grad, True)
+        for _ in range(2): S._step(m, net, optimizer, S._plain, ids, torch.enable_grad, True,
+                                   passes=int(os.environ['PASSES']))
     return [(e.phase, e.size) for e in m.events if e.n > 0 and e.phase != 'load']
 
 def gradients(net, mesh):

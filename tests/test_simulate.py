@@ -65,10 +65,10 @@ def test_adapters_gradients_and_states_to_the_byte():
     assert total('adapter') == 4*weights and total('gradients') == 2*4*weights # made in both steps
     assert total('optimizer states') == 2*4*weights + 4*8
 
-def two_processes(tmp_path, what, method, **more):
+def two_processes(tmp_path, what, method, passes=1, **more):
     "What tests/fsdp_worker.py says"
     worker = Path(__file__).parent/'fsdp_worker.py'
-    env = os.environ | dict(SHAPE=json.dumps(SHAPE | more), OMP_NUM_THREADS='1')
+    env = os.environ | dict(SHAPE=json.dumps(SHAPE | more), PASSES=str(passes), OMP_NUM_THREADS='1')
     run = [subprocess.Popen([sys.executable, worker, rank, str(tmp_path/'meeting'), what, method], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for rank in '01']
     return json.loads([r.communicate(timeout=240)[0] for r in run][0])
@@ -80,13 +80,14 @@ def test_gradients_of_two_processes(tmp_path, method, tied):
     found = two_processes(tmp_path, 'gradients', method, tie_word_embeddings=tied)
     assert len(found) > 10 and max(found.values()) < 2e-6
 
-@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('method,passes', [('full', 1), ('lora', 1), ('full', 3)])
 @pytest.mark.parametrize('sharding', ['fsdp', 'fsdp1'])
-def test_two_real_processes(tmp_path, method, sharding):
+def test_two_real_processes(tmp_path, method, passes, sharding):
     "A step of FSDP with numbers, over gloo, makes the allocations of the simulation, in their order, and gloo's own"
-    theirs = [tuple(x) for x in two_processes(tmp_path, dict(fsdp='allocations', fsdp1='flat')[sharding], method)]
+    theirs = [tuple(x) for x in two_processes(tmp_path, dict(fsdp='allocations', fsdp1='flat')[sharding], method,
+                                                    passes)]
     found = simulate(config(), method, length=64, batch=2, dtype='fp32', loss='plain', gpus=2, optim='adamw_torch',
-                     sharding=sharding)
+                     sharding=sharding, accumulation=passes)
     mine = [(e.phase, e.size) for e in found.events if e.n > 0 and e.phase != 'load']
     rest,left = iter(theirs),Counter(theirs) - Counter(mine)
     assert all(event in rest for event in mine) # in this order
@@ -109,6 +110,15 @@ def test_more_gpus_keep_less():
     gradients = stays(one) # 16 bits, as the weights
     assert stays(simulate(config(), **s, gpus=8, sharding='ddp')) == whole + gradients
     assert any(found.kind(e) == 'gathered' for found in [two] for e in found.events) and not dist_is_there()
+
+@pytest.mark.parametrize('sharding', S.SHARDINGS)
+def test_accumulation_among_gpus(sharding):
+    "FSDP shares gradients out after the last batch: until then they are there whole; more batches take no more"
+    s = dict(method='full', length=64, dtype='fp32', loss='plain', gpus=4, sharding=sharding)
+    once,three,five = (simulate(config(), **s, accumulation=n) for n in (1, 3, 5))
+    whole = 4*sum(p.numel() for p in S._base(config(), torch.float32, 'sdpa', False).parameters())
+    more = three.phases['forward'] - once.phases['forward']
+    assert abs(more/whole - 1) < .01 and five.allocated == three.allocated
 
 def test_fsdp1_shares_four_bits_and_adapters():
     "All of it an n-th, but for the scales of four bits; FSDP2 leaves those whole"
