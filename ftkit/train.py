@@ -303,7 +303,8 @@ def _settings(out, precision, options, rate, evaluate, fresh, patience):
     often = max(1, min(50, max_steps//5)) if max_steps > 0 else 50
     rows = options.get('per_device_train_batch_size', 8)
     defaults = dict(output_dir=str(out), max_steps=max_steps, per_device_train_batch_size=rows,
-        per_device_eval_batch_size=2*rows, learning_rate=rate, lr_scheduler_type='linear', warmup_steps=5,
+        per_device_eval_batch_size=2*rows if type(rows) is int else 16, learning_rate=rate,
+        lr_scheduler_type='linear', warmup_steps=5,
         weight_decay=0., logging_steps=1, save_steps=often, save_total_limit=2, report_to='none', disable_tqdm=True,
         eval_strategy='steps' if evaluate else 'no', eval_steps=often, eval_on_start=evaluate and fresh,
         remove_unused_columns=False, prediction_loss_only=True, seed=0, gradient_checkpointing=False,

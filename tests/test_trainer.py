@@ -140,6 +140,13 @@ def test_no_memory_left(tmp_path, monkeypatch, objective):
     monkeypatch.setattr(memory, 'FAMILIES', {})
     assert 'gradient_checkpointing=True' in failed()
 
+def test_twice_the_rows_are_evaluated():
+    "Of a step, where nothing else is said; what is no number is left to `TrainingArguments`"
+    from ftkit.train import _settings
+    def rows(**options): return _settings('out', 'fp32', options, 1e-3, True, True, None)['per_device_eval_batch_size']
+    assert rows() == 16 and rows(per_device_train_batch_size=3) == 6 and rows(per_device_eval_batch_size=5) == 5
+    assert rows(per_device_train_batch_size=None) == rows(per_device_train_batch_size='8') == 16
+
 def test_which_of_both_had_no_memory_left():
     "From the shape of what was running, a step's and an evaluation's, with twice its rows: padded, and several in one"
     from ftkit.train import _as_in_a_step as both
