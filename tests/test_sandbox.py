@@ -1,5 +1,5 @@
 "Programs that try to get out, stay, or take the machine down"
-import os, tempfile, time
+import contextlib, os, tempfile, time
 import pytest
 from ftkit import sandbox
 from ftkit.core import FtkitError
@@ -59,14 +59,18 @@ def test_output_is_cut():
     done = run_code('open("big", "wb").write(b"x"*10**9)')
     assert not done.ok and done.why in ('OSError', 'memory')
 
-def test_nothing_is_left(tmp_path):
-    "No process, no file, after programs that were killed"
-    before = {p for p in os.listdir('/proc') if p.isdigit()}
-    temp = set(os.listdir('/tmp'))
-    for program in ('while True: pass', THREADS): run_code(program, seconds=1)
+def test_nothing_is_left(tmp_path, monkeypatch):
+    "No process, no file, after programs that were killed; and the broken twin: a folder that nobody removes"
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    for program in ('open("kept", "w").write("x")\nwhile True: pass', THREADS): run_code(program, seconds=1)
     time.sleep(.2)
-    mine = {p for p in {p for p in os.listdir('/proc') if p.isdigit()} - before if parent(p) == os.getpid()}
-    assert not mine and not set(os.listdir('/tmp'))-temp
+    assert not children() and not os.listdir(tmp_path)
+    monkeypatch.setattr(sandbox, '_folder', lambda: contextlib.nullcontext(tempfile.mkdtemp()))
+    run_code('open("kept", "w").write("x")')
+    left, = os.listdir(tmp_path)
+    assert os.listdir(tmp_path/left) == ['kept']
+
+def children(): return [p for p in os.listdir('/proc') if p.isdigit() and parent(p) == os.getpid()]
 
 def parent(pid):
     try: return int(open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()[1])
