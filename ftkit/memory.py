@@ -583,6 +583,12 @@ def _stays(s, found, trained, width):
         step = _step_bytes(flat, s['optim'], 4) + (4*flat[0].size if how != 'zero3' else 0) # its gradient in 32 bits
     return stays, count(part if how in ('zero2', *UNITS) else trained), step
 
+def _largest(s, found, trained, width):
+    "Bytes of the largest weight, which FSDP gathers to write it down"
+    there = [(p, WIDTHS[s['dtype']]) for p in found if not (s['method'] == 'qlora' and p.linear)]
+    return max(w*s['gpus']*prod(q.shape) for p,w in there + [(p, width) for p in trained]
+               for q in _share([p], s['gpus']))
+
 def _added(s, stays, grads, kinds):
     "What is there in a part of the step, and what is there all the time"
     if s['gpus'] > 1 and s['sharding'] == 'zero2' and kinds.get('gradients', 0) > grads: kinds = kinds | dict(
@@ -628,6 +634,7 @@ def estimate(model,                # as in `read_config`
         keeps = stays | (dict(gradients=0) if accumulation > 1 else {})
         all_ |= {phase: _added(s, keeps, grads, kinds) for phase,kinds in there.items()}
     if ahead and accumulation > 1: all_['sampling']['gradients'] = 0 # answers are sampled before the first batch
+    if _is_split(s): all_['saving'] = _added(s, stays, grads, dict(gathered=_largest(s, found, trained, width)))
     return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']), all_)
 
 # %% ../nbs/06_memory.ipynb #fd0c66ef

@@ -428,6 +428,18 @@ def _evaluated(m, model, loss, batch, cast, ahead):
         for f in ahead.values(): f(batch)
         loss(model, batch)
 
+def _saved(m, model):
+    "What FSDP gathers to write the weights down, a tensor or a unit at a time"
+    from torch.distributed.fsdp import FullyShardedDataParallel as Flat
+    m.phase = 'saving'
+    for p in model.parameters():
+        if hasattr(p, 'full_tensor'): p.full_tensor()
+    whole = partial(Flat.summon_full_params, recurse=False, writeback=False)
+    root,*units = Flat.fsdp_modules(model) or [None]
+    with whole(root) if root else nullcontext():
+        for unit in units:
+            with whole(unit): pass
+
 def _shared_out(model, now):
     "FSDP shares gradients out after the last batch of a step, as transformers has it; until then they are whole"
     if hasattr(model, 'set_requires_gradient_sync'): model.set_requires_gradient_sync(now)
@@ -463,6 +475,7 @@ def _silent(m, f):
 def _followed(m):
     "What FSDP gathers and lets go of is seen, and what is only thought of, to find out who holds what, is not"
     import torch
+    from torch.distributed import _functional_collectives as collectives
     from torch.distributed.tensor._sharding_prop import ShardingPropagator as Propagator
     resize = torch.UntypedStorage.resize_
     def resized(self, size):
@@ -472,7 +485,7 @@ def _followed(m):
         if getattr(layer.weight, 'quant_state', None) is None: layer.weight.quant_state = layer.quant_state
     with ExitStack() as stack:
         use = lambda *args: stack.enter_context(mock.patch.object(*args))
-        use(torch.UntypedStorage, 'resize_', resized)
+        use(torch.UntypedStorage, 'resize_', resized), use(collectives, 'wait_tensor', lambda t: t)
         if bnb := sys.modules.get('bitsandbytes.nn.modules'): use(
             bnb, 'fix_4bit_weight_quant_state_from_module', same_state)
         for name in ('propagate', '_propagate_tensor_meta_non_cached'): use(
@@ -630,8 +643,8 @@ class Simulation:
         if e.n in self.kinds: return self.kinds[e.n]
         if e.op == 'gathered': return 'gathered'
         if e.phase in ('forward', 'backward') and e.shape[-1:] == (self.vocab,): return 'logits'
-        return dict(backward='backward', load='other weights', optimizer='optimizer step', clip='optimizer step').get(
-            e.phase, 'activations')
+        return dict(backward='backward', load='other weights', optimizer='optimizer step', clip='optimizer step',
+                    saving='gathered').get(e.phase, 'activations')
 
     def curve(self):
         "Bytes of each kind in use after every event, a list of (phase, dict)"
@@ -774,6 +787,7 @@ def _two_steps(m, net, copy, how, trained, rows, s, cast):
         for k in range(2):
             _step(m, net, optimizer, loss, made, cast, s['clip'], ahead, s['accumulation'])
             if s['evaluation'] and not k: _evaluated(m, net, loss, held, cast, ahead)
+        if s['gpus'] > 1 and s['sharding'] != 'ddp': _saved(m, net)
     return [*m.events] # before anything of it is let go of
 
 def _preference(objective, net):
