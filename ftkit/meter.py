@@ -28,8 +28,8 @@ class Event(NamedTuple):
     where: str = ''   # the module it was made in
 
 def _mine(t):
-    "What of a tensor is on this GPU"
-    return getattr(t, '_local_tensor', t)
+    "What of a tensor is on this GPU, and not only a name for what is still on its way"
+    return getattr(t, '_local_tensor', getattr(t, 'elem', t))
 
 class _Ledger:
     "Allocations and releases, in their order"
@@ -45,7 +45,7 @@ class _Ledger:
 
     def add(self, t, op=''):
         "A tensor; its storage may be known"
-        storage = t.untyped_storage()
+        storage = _mine(t).untyped_storage()
         if storage._cdata in self.live: return
         self.live[storage._cdata] = self.new(storage.nbytes(), op, tuple(t.shape))
         weakref.finalize(storage, self.free, storage._cdata)

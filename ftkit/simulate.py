@@ -475,6 +475,7 @@ def _silent(m, f):
 def _followed(m):
     "What FSDP gathers and lets go of is seen, and what is only thought of, to find out who holds what, is not"
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.distributed import _functional_collectives as collectives
     from torch.distributed.tensor._sharding_prop import ShardingPropagator as Propagator
     resize = torch.UntypedStorage.resize_
@@ -486,6 +487,8 @@ def _followed(m):
     with ExitStack() as stack:
         use = lambda *args: stack.enter_context(mock.patch.object(*args))
         use(torch.UntypedStorage, 'resize_', resized), use(collectives, 'wait_tensor', lambda t: t)
+        use(torch.UntypedStorage, 'data_ptr', lambda s: s._cdata) # by which FSDP1 knows what is shared out
+        use(FakeTensor, 'data_ptr', lambda t: t.untyped_storage()._cdata)
         if bnb := sys.modules.get('bitsandbytes.nn.modules'): use(
             bnb, 'fix_4bit_weight_quant_state_from_module', same_state)
         for name in ('propagate', '_propagate_tensor_meta_non_cached'): use(
@@ -505,7 +508,6 @@ def _world(gpus, m):
     try:
         with _followed(m), warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'FSDP2-wrapped module') # its output is a view, which nobody changes here
-            warnings.filterwarnings('ignore', 'Accessing the data pointer of FakeTensor') # FSDP1 compares those of none
             yield init_device_mesh('cpu', (gpus,))
     finally: dist.destroy_process_group()
 

@@ -18,7 +18,7 @@ def flat(net, mesh):
     return allocations(S._flat(net, None), None)
 
 def allocations(net, mesh):
-    "Of two steps, one after the other"
+    "Of two steps, one after the other, and of a save as accelerate has it"
     import torch
     from ftkit import simulate as S
     if mesh: S._shard(net, mesh, None)
@@ -28,7 +28,15 @@ def allocations(net, mesh):
     with S._like_a_gpu(net, 'sdpa'), S._followed(m), m:
         for _ in range(2): S._step(m, net, optimizer, S._plain, ids, torch.enable_grad, True,
                                    passes=int(os.environ['PASSES']))
+        if mesh: saved(m, net)
+        else: S._saved(m, net) # FSDP1 moves nothing from a CPU to a CPU
     return [(e.phase, e.size) for e in m.events if e.n > 0 and e.phase != 'load']
+
+def saved(m, net):
+    "What accelerate's get_state_dict does under FSDP2"
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    m.phase = 'saving'
+    get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True))
 
 def gradients(net, mesh):
     "How far those of our loss are from those of one process, by the name of a weight, beside their own size"

@@ -83,7 +83,7 @@ def test_gradients_of_two_processes(tmp_path, method, tied):
 @pytest.mark.parametrize('method,passes', [('full', 1), ('lora', 1), ('full', 3)])
 @pytest.mark.parametrize('sharding', ['fsdp', 'fsdp1'])
 def test_two_real_processes(tmp_path, method, passes, sharding):
-    "A step of FSDP with numbers, over gloo, makes the allocations of the simulation, in their order, and gloo's own"
+    "Steps and a save of FSDP, over gloo, make the allocations of the simulation, in their order, and gloo's own"
     theirs = [tuple(x) for x in two_processes(tmp_path, dict(fsdp='allocations', fsdp1='flat')[sharding], method,
                                                     passes)]
     found = simulate(config(), method, length=64, batch=2, dtype='fp32', loss='plain', gpus=2, optim='adamw_torch',
@@ -94,9 +94,6 @@ def test_two_real_processes(tmp_path, method, passes, sharding):
     sums = {e.size*n for e in found.events if 'empty' in e.op and e.phase == 'backward' for n in (1, 2)} # of both
     assert {size for phase,size in left if phase == 'backward'} <= sums
     assert sum(left.values()) == len(theirs) - len(mine)
-    if (sharding, method) == ('fsdp1', 'lora'): # and of frozen weights one unit of each kind, when it is first gathered
-        gathered = {e.size for e in found.events if e.op == 'gathered'}
-        left = {x: n for x,n in left.items() if not (x[0] == 'forward' and x[1] in gathered and n == 1)}
     assert {phase for phase,size in left if size > 64} == {'backward'} # gloo copies what it sums up
 
 def test_more_gpus_keep_less():
