@@ -12,9 +12,10 @@ Docs: https://ftkit.github.io/ftkit/memory.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'WIDTHS', 'EIGHT', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'RL', 'KINDS', 'LOSSES', 'ATTENTIONS', 'REFERENCES',
            'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'ENGINE', 'GPUS', 'CONTEXT',
-           'STREAMS', 'ADAMW', 'CHANGES', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes', 'weight_bytes',
-           'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how', 'serving',
-           'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'stored', 'largest']
+           'STREAMS', 'ADAMW', 'CHANGES', 'FILE', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes',
+           'weight_bytes', 'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how',
+           'serving', 'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'largest', 'stored',
+           'host']
 
 # %% ../nbs/06_memory.ipynb #5a9875f6
 import json
@@ -853,21 +854,6 @@ def corrected(needs,   # `Estimate`
     return replace(needs, phases={phase: {k: n if k in stays else int(n*share) for k,n in kinds.items()}
                                   for phase,kinds in needs.phases.items()})
 
-# %% ../nbs/06_memory.ipynb #69a289d7
-def stored(model,         # as in `read_config`
-           method='lora', # one of `METHODS`
-           optim='adamw_torch_fused', # by the name it has in transformers
-           checkpoints=1, # that are kept
-           **lora         # of `adapter_parts`
-          ):              # bytes by name
-    "What a run takes on the disk: the model it begins with, its checkpoints, its result, and a merged model"
-    if type(checkpoints) is not int or checkpoints < 0: raise FtkitError(f'checkpoints={checkpoints}: a whole number')
-    k = kept(model, method, 'fp32', str(optim).removeprefix('paged_'), **lora) # pages are written, too
-    whole = weight_bytes(parts(model), 'bf16')
-    run = k.adapter or k.weights
-    found = dict(base=whole, checkpoints=checkpoints*(run + k.states), result=run)
-    return found if method == 'full' else found | dict(merged=whole)
-
 # %% ../nbs/06_memory.ipynb #018dc82f
 def largest(model,         # as in `read_config`
             gpu='t4',      # as in `fits`
@@ -887,3 +873,38 @@ def largest(model,         # as in `read_config`
         mid = (low+high)//2
         low,high = (mid, high) if ok(mid) else (low, mid)
     return low
+
+# %% ../nbs/06_memory.ipynb #69a289d7
+def stored(model,         # as in `read_config`
+           method='lora', # one of `METHODS`
+           optim='adamw_torch_fused', # by the name it has in transformers
+           checkpoints=1, # that are kept
+           **lora         # of `adapter_parts`
+          ):              # bytes by name
+    "What a run takes on the disk: the model it begins with, its checkpoints, its result, and a merged model"
+    if type(checkpoints) is not int or checkpoints < 0: raise FtkitError(f'checkpoints={checkpoints}: a whole number')
+    k = kept(model, method, 'fp32', str(optim).removeprefix('paged_'), **lora) # pages are written, too
+    whole = weight_bytes(parts(model), 'bf16')
+    run = k.adapter or k.weights
+    found = dict(base=whole, checkpoints=checkpoints*(run + k.states), result=run)
+    return found if method == 'full' else found | dict(merged=whole)
+
+# %% ../nbs/06_memory.ipynb #9c33f5b3
+FILE = 50*10**9 # bytes: transformers begins another file of weights there
+
+def host(model,         # as in `read_config`
+         method='lora', # one of `METHODS`
+         optim='adamw_torch_fused', # by the name it has in transformers
+         tokens=250,    # of the prompts that `merge` compares predictions on, a little over its own six; 0 for none
+         **lora         # of `adapter_parts`
+        ):              # bytes by moment
+    "What the host's memory must hold to save from a GPU, to resume and to merge, beside Python and its libraries"
+    if type(tokens) is not int or tokens < 0: raise FtkitError(f'tokens={tokens}: a whole number')
+    k,found = kept(model, method, 'fp32', str(optim).removeprefix('paged_'), **lora),parts(model)
+    moments = dict(saving=min(k.adapter or k.weights, FILE), resuming=k.states)
+    if method == 'full': return moments
+    adapted = {p.name.rpartition('.')[0] for p in adapter_parts(found, **lora)}
+    most = max(prod(p.shape) for p in found if p.name in adapted)
+    if not tokens: return moments | dict(merging=2*most if method == 'lora' else 4*most + nf4_bytes(most))
+    words,hidden = found[0].shape
+    return moments | dict(merging=max(6*most, 4*words*(hidden + 2*tokens)))

@@ -36,7 +36,8 @@ def saved(m, net):
     "What accelerate's get_state_dict does under FSDP2"
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     m.phase = 'saving'
-    get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True))
+    get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True,
+                                                       cpu_offload=True))
 
 def gradients(net, mesh):
     "How far those of our loss are from those of one process, by the name of a weight, beside their own size"
