@@ -166,6 +166,16 @@ def _set(method, r, targets, autocast, checkpointing, **said):
     lora = dict(r=r) | (dict(target_modules=[t.strip() for t in targets.split(',')]) if targets else {})
     return dict(method=method) | said | (dict(lora=lora) if method != 'full' else {})
 
+def _beside(config, method, optim, lora, **_):
+    "What a run takes of the disk and of the host's memory, in a line; nothing where that cannot be counted"
+    from ftkit.memory import NotCounted, _lora, host, stored
+    try: disk,there = (f(config, method, optim, **_lora(lora or {})) for f in (stored, host))
+    except NotCounted: return
+    words = dict(base='the model', checkpoints='a checkpoint', result='the result', merged='merged', saving='to save',
+                 resuming='to resume', merging='to merge')
+    disk,there = (', '.join(f'{n/1e9:.2f} {words[k]}' for k,n in found.items()) for found in (disk, there))
+    print(f"GB on the disk: {disk}; in the host's memory: {there}")
+
 def _to_change(config, gpu, said):
     "What would make it fit"
     from ftkit.memory import NotCounted, to_fit
@@ -209,6 +219,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
         if s != shown: needs,shown = _needs(config, s, trace),s
         if name == (gpu or SHOWN[0]) or name == SHOWN[1]: print(f'{how(needs.setting)}\n{needs}')
         print(' ', fit := fits(needs, name))
+    if gpus == 1: _beside(config, **needs.setting)
     if gpu and fit.verdict != 'fits': _to_change(config, gpu, said)
 
 # %% ../nbs/81_cli.ipynb #f6b564a7

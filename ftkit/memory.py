@@ -584,17 +584,18 @@ def _stays(s, found, trained, width):
         step = _step_bytes(flat, s['optim'], 4) + (4*flat[0].size if how != 'zero3' else 0) # its gradient in 32 bits
     return stays, count(part if how in ('zero2', *UNITS) else trained), step
 
-def _largest(s, found, trained, width):
-    "Bytes of the largest weight, which FSDP gathers to write it down"
-    there = [(p, WIDTHS[s['dtype']]) for p in found if not (s['method'] == 'qlora' and p.linear)]
-    return max(w*s['gpus']*prod(q.shape) for p,w in there + [(p, width) for p in trained]
-               for q in _share([p], s['gpus']))
-
 def _added(s, stays, grads, kinds):
     "What is there in a part of the step, and what is there all the time"
     if s['gpus'] > 1 and s['sharding'] == 'zero2' and kinds.get('gradients', 0) > grads: kinds = kinds | dict(
         gradients=grads) # the others' parts are gone as soon as they are summed up
     return stays | {k: v + stays.get(k, 0) for k,v in kinds.items()}
+
+# %% ../nbs/06_memory.ipynb #13feb5a7
+def _largest(s, found, trained, width):
+    "Bytes of the largest weight, all parts of it, each rounded up"
+    there = [(p, WIDTHS[s['dtype']]) for p in found if not (s['method'] == 'qlora' and p.linear)]
+    return max(w*s['gpus']*prod(q.shape) for p,w in there + [(p, width) for p in trained]
+               for q in _share([p], s['gpus']))
 
 # %% ../nbs/06_memory.ipynb #20c1b5df
 def estimate(model,                # as in `read_config`

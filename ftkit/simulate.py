@@ -428,18 +428,6 @@ def _evaluated(m, model, loss, batch, cast, ahead):
         for f in ahead.values(): f(batch)
         loss(model, batch)
 
-def _saved(m, model):
-    "What FSDP gathers to write the weights down, a tensor or a unit at a time"
-    from torch.distributed.fsdp import FullyShardedDataParallel as Flat
-    m.phase = 'saving'
-    for p in model.parameters():
-        if hasattr(p, 'full_tensor'): p.full_tensor()
-    whole = partial(Flat.summon_full_params, recurse=False, writeback=False)
-    root,*units = Flat.fsdp_modules(model) or [None]
-    with whole(root) if root else nullcontext():
-        for unit in units:
-            with whole(unit): pass
-
 def _shared_out(model, now):
     "FSDP shares gradients out after the last batch of a step, as transformers has it; until then they are whole"
     if hasattr(model, 'set_requires_gradient_sync'): model.set_requires_gradient_sync(now)
@@ -546,6 +534,19 @@ def _flat(net, autocast):
         if layer._has_params and (flat := layer._flat_param).requires_grad: # in 32 bits, as accelerate has it
             flat.data,layer._handle._orig_param_dtype = flat.data.float(),torch.float32
     return made
+
+# %% ../nbs/45_simulate.ipynb #aca9c731
+def _saved(m, model):
+    "What FSDP gathers to write the weights down, a tensor or a unit at a time"
+    from torch.distributed.fsdp import FullyShardedDataParallel as Flat
+    m.phase = 'saving'
+    for p in model.parameters():
+        if hasattr(p, 'full_tensor'): p.full_tensor()
+    whole = partial(Flat.summon_full_params, recurse=False, writeback=False)
+    root,*units = Flat.fsdp_modules(model) or [None]
+    with whole(root) if root else nullcontext():
+        for unit in units:
+            with whole(unit): pass
 
 # %% ../nbs/45_simulate.ipynb #6aa0ba3a
 def _place(m, net, mesh, asked):
