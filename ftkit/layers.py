@@ -398,7 +398,7 @@ class Unit:
     def scatter(self, last=False):
         "Let go of it, sum its gradients up, and keep this GPU's part; the last ones are held until it is there"
         t,self.whole = self.tape,None
-        if not self.leaves: return
+        if not self.leaves or t.later: return
         t.sums = None
         t.sums = self.block(self.sums, 'backward')
         half = self.block(self.sums//self.gpus if self.fewer else 0, 'backward')
@@ -406,6 +406,7 @@ class Unit:
         if not last: whole.clear()
         t.grads[self] = self.block(self.share, 'gradients')
         del half,whole
+        if t.adds: t.count(-self.sums, 'gradients') # those of earlier rows, which are whole until now
 
 # %% ../nbs/05_layers.ipynb #4308bb43
 def entered(x,   # `Value`

@@ -333,9 +333,10 @@ def _unit(tape, s, weights, before, stays=False):
 
 # %% ../nbs/06_memory.ipynb #a8c3100c
 def _passed(s):
-    "Does something go through the model ahead of the step?"
+    "Does something go through the model ahead of a batch? Answers are sampled before the first of a step"
     own = s['method'] != 'full' and s['reference'] in (None, 'adapter')
-    return s['objective'] in ('kto', *RL) or s['objective'] in KINDS and own
+    if s['objective'] in RL: return s['accumulation'] == 1 or s['reference'] == 'adapter'
+    return s['objective'] == 'kto' or s['objective'] in KINDS and own
 
 def _gathered(layer, c):
     "The weights of a layer that are: all but those in four bits, which each GPU has"
@@ -415,7 +416,7 @@ def _lost(x, head, n, net, s, width, unit):
 def _peaks(c, s, layers, windowed):
     "The most bytes of each kind in each part of a step of a model of so many layers"
     tape = Tape(WIDTHS[s['autocast']] if s['autocast'] else None)
-    tape.adds,tape.tracks = s['accumulation'] > 1,s['back']
+    tape.adds,tape.tracks,tape.later = s['accumulation'] > 1,s['back'],s['later']
     loss,late = _through(tape, c, s, layers, windowed)
     if not s['back']: return {'evaluation': tape.peaks['forward'][1]}
     tape.casts,tape.piece,tape.kind,tape.phase = {},None,'backward','backward'
@@ -460,7 +461,13 @@ def _passes(c, s):
     plain,other = _all_layers(c, s, False)
     both = [_sum(_sum(some, more, windowed-few), other, n-windowed),
             _sum(_sum(plain, other, n-windowed-few), more, windowed)]
-    return {p: max((b[p] for b in both), key=lambda kinds: sum(kinds.values())) for p in both[0]}
+    return _most(both)
+
+def _most(several): return {p: max((x[p] for x in several), key=lambda kinds: sum(kinds.values())) for p in several[0]}
+
+def _batches(c, s):
+    "The same for the last batch of a step, or one before it, whichever takes more of a GPU"
+    return _most([_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}])
 
 # %% ../nbs/06_memory.ipynb #561902a0
 @dataclass
@@ -516,7 +523,7 @@ def _asked(s):
     if s['attention'] == 'flash' and 'fp32' == s['dtype'] and not s['autocast']: raise FtkitError(
         "flash-attn does not do 32 bits: autocast='bf16', or attention='sdpa'")
     if s['sharding'] == 'fsdp1' and gpus > 1: raise NotCounted('FSDP1 is not counted')
-    if several > 1 and gpus > 1: raise NotCounted('accumulation on several GPUs is not counted')
+    if several > 1 and gpus > 1 and s['sharding'] in ZEROS: raise NotCounted('accumulation with ZeRO is not counted')
     if s['autocast'] and s['autocast'] != s['dtype'] and s['dtype'] != 'fp32': raise NotCounted(
         f"{s['dtype']} in autocast to {s['autocast']}: not counted by formula; simulate traces it")
     if _is_split(s) and s['sharding'] == 'fsdp' and s['optim'] in ('adafactor', *EIGHT): raise FtkitError(
@@ -575,7 +582,7 @@ def _stays(s, found, trained, width):
     stays = dict(weights=weight_bytes(mine, s['dtype'], four, s['double_quant'], s['upcast']), adapter=adapter,
                  states=state_bytes(part, s['optim'], width), workspace=2*s['workspace'], gradients=0,
                  reference=weight_bytes(_share(found, n) if how in UNITS else found, s['dtype']) if _copies(s) else 0)
-    if n > 1 and how == 'ddp' or s['accumulation'] > 1: stays['gradients'] = count(trained)
+    if n > 1 and how == 'ddp': stays['gradients'] = count(trained) # its buckets
     if _is_split(s) and _copies(s): stays['gathered'] = found[0].size*WIDTHS[s['autocast'] or s['dtype']] # its head
     if n > 1 and how in ZEROS: # a flat part, with its weights in 32 bits, whatever they have otherwise
         flat = [Part('flat', (_up(sum(p.size for p in trained), n),))]
@@ -583,6 +590,11 @@ def _stays(s, found, trained, width):
         stays |= dict(gradients=min(width*BUCKET, count(trained)), states=states)
         step = _step_bytes(flat, s['optim'], 4) + (4*flat[0].size if how != 'zero3' else 0) # its gradient in 32 bits
     return stays, count(part if how in ('zero2', *UNITS) else trained), step
+
+def _earlier(s, trained, width):
+    "Bytes of the gradients of a step's earlier batches, which FSDP has whole, in the width of its arithmetic"
+    if _is_split(s) and s['autocast']: width = WIDTHS[s['autocast']]
+    return (s['accumulation'] > 1)*width*sum(p.size for p in trained)
 
 def _added(s, stays, grads, kinds):
     "What is there in a part of the step, and what is there all the time"
@@ -622,21 +634,18 @@ def estimate(model,                # as in `read_config`
             ):                     # `Estimate`
     "The memory of a training step on a GPU, counted from a config; the arguments are those of `simulate`"
     asked = {k: v for k,v in locals().items() if k != 'model'}
-    c,s = read_config(model),asked | dict(lora=_asked(asked), back=True)
+    c,s = read_config(model),asked | dict(lora=_asked(asked), back=True, later=False)
     found,full = _of_objective(parts(c), objective),method == 'full'
     trained,width = found,WIDTHS[dtype]
     if not full: trained,width = adapter_parts(found, **s['lora']) + [p for p in found if p.name == 'score'],4
     stays,grads,step = _stays(s, found, trained, width)
     ahead = dict(sampling=_sampled(c, s)) if objective in RL else {}
-    late = {} if accumulation > 1 else dict(gradients=grads)
-    phases = ahead | _passes(c, s) | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
+    before,late = _earlier(s, trained, width),dict(gradients=grads)
+    there = {phase: kinds | dict(gradients=kinds.get('gradients', 0) + before) for phase,kinds in _batches(c, s).items()}
+    phases = ahead | there | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
+    if evaluation: phases |= _passes(c, s | dict(batch=evaluation, checkpointing=False, accumulation=1, back=False))
+    if _is_split(s): phases['saving'] = dict(gathered=_largest(s, found, trained, width))
     all_ = {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()}
-    if evaluation: # forward only; gradients of earlier batches are gone, buckets are not
-        there = _passes(c, s | dict(batch=evaluation, checkpointing=False, accumulation=1, back=False))
-        keeps = stays | (dict(gradients=0) if accumulation > 1 else {})
-        all_ |= {phase: _added(s, keeps, grads, kinds) for phase,kinds in there.items()}
-    if ahead and accumulation > 1: all_['sampling']['gradients'] = 0 # answers are sampled before the first batch
-    if _is_split(s): all_['saving'] = _added(s, stays, grads, dict(gathered=_largest(s, found, trained, width)))
     return Estimate(asked, Kept(stays['weights'], stays['adapter'], grads, stays['states']), all_)
 
 # %% ../nbs/06_memory.ipynb #fd0c66ef

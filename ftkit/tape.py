@@ -30,6 +30,7 @@ class Tape:
         self.piece,self.asked,self.sums = None,{},None # of weights that are shared among GPUs
         self.tracks = True # is there a way back?
         self.adds,self.parts = False,{} # are there gradients of earlier rows? leaf -> in how many parts a new one comes
+        self.later = False # are gradients shared out among GPUs with later rows?
 
     def count(self, size, kind):
         "So many bytes more of a kind, or fewer"

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
-from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, changes, colocated, corrected,
-                          estimate, fits, how, largest, parts, serving, to_fit, usual)
+from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, NotCounted, changes, colocated,
+                          corrected, estimate, fits, how, largest, parts, serving, to_fit, usual)
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE/'bench'))
@@ -85,7 +85,12 @@ FEW = [dict(gpus=8, method='full', dtype='fp32', autocast='bf16', checkpointing=
        dict(objective='reward', gpus=2, method='full', dtype='fp32', autocast='bf16', optim='sgd'),
        dict(accumulation=4), dict(method='full', accumulation=3), dict(method='full', accumulation=2, objective='dpo'),
        dict(method='full', accumulation=2, loss='plain', checkpointing=True, optim='adamw_torch'),
-       dict(method='full', dtype='fp32', autocast='bf16', accumulation=2), dict(accumulation=2, objective='grpo')]
+       dict(method='full', dtype='fp32', autocast='bf16', accumulation=2), dict(accumulation=2, objective='grpo'),
+       *(s | dict(accumulation=3, gpus=4) for s in ( # whole gradients until the last batch
+           dict(method='full', dtype='fp32', autocast='bf16'), dict(method='full', sharding='ddp'),
+           dict(method='full', checkpointing=True, length=64), dict(loss='plain', evaluation=8), dict(objective='grpo'),
+           dict(method='qlora', lora=dict(r=256), checkpointing=True), dict(objective='dpo', reference='copy'),
+           dict(objective='grpo', reference='adapter'), dict(sharding='ddp')))]
 
 def test_a_cache_of_windows():
     "Keeps no more than they show"
@@ -115,6 +120,11 @@ def test_saving_is_the_trace(s, gpus):
     needs,traced = (f(config, length=16, gpus=gpus, workspace=0, **s) for f in (estimate, simulate))
     assert 0 <= traced.phases['saving'] - sum(needs.phases['saving'].values()) < 2048
     assert not any('saving' in f(config, length=16, **s).phases for f in (estimate, simulate))
+
+def test_accumulation_with_zero_is_not_counted():
+    for way in ('zero1', 'zero2', 'zero3'):
+        with pytest.raises(NotCounted, match='ZeRO'): estimate(LLAMA8, gpus=2, sharding=way, accumulation=2)
+        estimate(LLAMA8, gpus=1, sharding=way, accumulation=2), estimate(LLAMA8, gpus=2, sharding=way)
 
 def test_the_figure_of_zero():
     "Rajbhandari et al. 2020, figure 1: 7.5 billion weights on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB of model states"
