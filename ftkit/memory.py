@@ -465,9 +465,10 @@ def _passes(c, s):
 
 def _most(several): return {p: max((x[p] for x in several), key=lambda kinds: sum(kinds.values())) for p in several[0]}
 
-def _batches(c, s):
-    "The same for the last batch of a step, or one before it, whichever takes more of a GPU"
-    return _most([_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}])
+def _batches(c, s, before):
+    "The same for the last batch of a step or one before it, whichever takes more, beside gradients of earlier ones"
+    found = _most([_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}])
+    return {phase: kinds | dict(gradients=kinds.get('gradients', 0) + before) for phase,kinds in found.items()}
 
 # %% ../nbs/06_memory.ipynb #561902a0
 @dataclass
@@ -641,8 +642,7 @@ def estimate(model,                # as in `read_config`
     stays,grads,step = _stays(s, found, trained, width)
     ahead = dict(sampling=_sampled(c, s)) if objective in RL else {}
     before,late = _earlier(s, trained, width),dict(gradients=grads)
-    there = {phase: kinds | dict(gradients=kinds.get('gradients', 0) + before) for phase,kinds in _batches(c, s).items()}
-    phases = ahead | there | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
+    phases = ahead | _batches(c, s, before) | {'clipping': late, 'the optimizer': late | dict(optimizer=step)}
     if evaluation: phases |= _passes(c, s | dict(batch=evaluation, checkpointing=False, accumulation=1, back=False))
     if _is_split(s): phases['saving'] = dict(gathered=_largest(s, found, trained, width))
     all_ = {phase: _added(s, stays, grads, kinds) for phase,kinds in phases.items()}
