@@ -465,11 +465,6 @@ def _passes(c, s):
 
 def _most(several): return {p: max((x[p] for x in several), key=lambda kinds: sum(kinds.values())) for p in several[0]}
 
-def _batches(c, s, before):
-    "The same for the last batch of a step or one before it, whichever takes more, beside gradients of earlier ones"
-    found = _most([_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}])
-    return {phase: kinds | dict(gradients=kinds.get('gradients', 0) + before) for phase,kinds in found.items()}
-
 # %% ../nbs/06_memory.ipynb #561902a0
 @dataclass
 class Estimate:
@@ -592,11 +587,6 @@ def _stays(s, found, trained, width):
         step = _step_bytes(flat, s['optim'], 4) + (4*flat[0].size if how != 'zero3' else 0) # its gradient in 32 bits
     return stays, count(part if how in ('zero2', *UNITS) else trained), step
 
-def _earlier(s, trained, width):
-    "Bytes of the gradients of a step's earlier batches, which FSDP has whole, in the width of its arithmetic"
-    if _is_split(s) and s['autocast']: width = WIDTHS[s['autocast']]
-    return (s['accumulation'] > 1)*width*sum(p.size for p in trained)
-
 def _added(s, stays, grads, kinds):
     "What is there in a part of the step, and what is there all the time"
     if s['gpus'] > 1 and s['sharding'] == 'zero2' and kinds.get('gradients', 0) > grads: kinds = kinds | dict(
@@ -604,11 +594,21 @@ def _added(s, stays, grads, kinds):
     return stays | {k: v + stays.get(k, 0) for k,v in kinds.items()}
 
 # %% ../nbs/06_memory.ipynb #13feb5a7
+def _earlier(s, trained, width):
+    "Bytes of the gradients of a step's earlier batches, which FSDP has whole, in the width of its arithmetic"
+    if _is_split(s) and s['autocast']: width = WIDTHS[s['autocast']]
+    return (s['accumulation'] > 1)*width*sum(p.size for p in trained)
+
 def _largest(s, found, trained, width):
     "Bytes of the largest weight, all parts of it, each rounded up"
     there = [(p, WIDTHS[s['dtype']]) for p in found if not (s['method'] == 'qlora' and p.linear)]
     return max(w*s['gpus']*prod(q.shape) for p,w in there + [(p, width) for p in trained]
                for q in _share([p], s['gpus']))
+
+def _batches(c, s, before):
+    "The same for the last batch of a step or one before it, whichever takes more, beside gradients of earlier ones"
+    found = _most([_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}])
+    return {phase: kinds | dict(gradients=kinds.get('gradients', 0) + before) for phase,kinds in found.items()}
 
 # %% ../nbs/06_memory.ipynb #20c1b5df
 def estimate(model,                # as in `read_config`
