@@ -461,9 +461,7 @@ def _passes(c, s):
     plain,other = _all_layers(c, s, False)
     both = [_sum(_sum(some, more, windowed-few), other, n-windowed),
             _sum(_sum(plain, other, n-windowed-few), more, windowed)]
-    return _most(both)
-
-def _most(several): return {p: max((x[p] for x in several), key=lambda kinds: sum(kinds.values())) for p in several[0]}
+    return {p: max((b[p] for b in both), key=lambda kinds: sum(kinds.values())) for p in both[0]}
 
 # %% ../nbs/06_memory.ipynb #561902a0
 @dataclass
@@ -606,9 +604,10 @@ def _largest(s, found, trained, width):
                for q in _share([p], s['gpus']))
 
 def _batches(c, s, before):
-    "The same for the last batch of a step or one before it, whichever takes more, beside gradients of earlier ones"
-    found = _most([_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}])
-    return {phase: kinds | dict(gradients=kinds.get('gradients', 0) + before) for phase,kinds in found.items()}
+    "The way there and back of the last batch of a step, or of one before it, which have gradients of earlier ones"
+    both = [_passes(c, s | dict(later=later)) for later in {False, s['accumulation'] > 1 and _is_split(s)}]
+    most = {p: max((b[p] for b in both), key=lambda kinds: sum(kinds.values())) for p in both[0]}
+    return {p: kinds | dict(gradients=kinds.get('gradients', 0) + before) for p,kinds in most.items()}
 
 # %% ../nbs/06_memory.ipynb #20c1b5df
 def estimate(model,                # as in `read_config`
