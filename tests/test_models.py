@@ -145,3 +145,47 @@ def test_folding_an_adapter_changes_nothing(options, inside):
     assert digest(model) == kept and [p.data_ptr() for p in model.parameters()] == places
     assert not any(getattr(m, 'merged', False) for m in model.modules())
     assert torch.equal(logits(model, tok), before)
+
+def own_template(name='embedded'):
+    "A tokenizer with a template of its own, as those of Qwen's base models have"
+    tok = load_tokenizer(name)
+    tok.chat_template += '{# its own #}'
+    return tok, [tok.convert_tokens_to_ids(t) for t in ('<|im_start|>', '<|im_end|>')]
+
+def test_tokens_that_a_model_has_never_met():
+    "Are trained with the adapter, though nobody gave it the template; without that the last one is one of 310 alike"
+    tok,ids = own_template()
+    model = load_model('embedded', tok)
+    assert model.peft_config['default'].trainable_token_indices == dict(embed_tokens=ids)
+    plain = load_model('embedded', tok, trainable_token_indices=None)
+    assert not plain.peft_config['default'].trainable_token_indices
+    rows = plain.get_output_embeddings().weight.detach()
+    alike = (torch.cdist(rows, rows[ids[1:]]) < .1).sum()
+    with torch.no_grad(): odds = plain(input_ids=torch.arange(200)[None]).logits.softmax(-1)[..., ids[1]]
+    assert alike == 310 and odds.max() < 1.2/310 # they are alike to a few hundredths
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('how', ['met', 'zero', 'as one that is in no text', 'head alone'])
+def test_rows_of_a_template(how, tied):
+    "Distinct rows are left alone, whatever they are; others are named, of the embedding or of a head of its own"
+    from ftkit.models import untrained
+    from transformers import LlamaConfig, LlamaForCausalLM
+    if how == 'head alone' and tied: pytest.skip('there is none')
+    torch.manual_seed(0)
+    tok,ids = own_template()
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=len(tok)+8, tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config)
+    layer = model.get_output_embeddings() if how == 'head alone' else model.get_input_embeddings()
+    with torch.no_grad():
+        if how == 'zero': layer.weight[ids] = 0
+        elif how != 'met': layer.weight[ids] = layer.weight[[-1]] + 1e-4*torch.randn(2, 32)
+    assert untrained(model, tok) == ([] if how == 'met' else ids)
+
+def test_tokens_of_other_models(shared):
+    "No control token of a chat, no ids; a row of each that is in a real template, and not of its words"
+    from ftkit.models import _controls
+    tok = load_tokenizer(shared/'tokenizers'/'qwen3')
+    assert {'<|im_start|>', '<|im_end|>'} <= {*tok.convert_ids_to_tokens(_controls(tok))} <= {*tok.get_added_vocab()}
+    tok.chat_template = "{{ messages[0]['content'] }}"
+    assert set(tok.convert_ids_to_tokens(_controls(tok))) <= {'<|im_end|>', '<|endoftext|>'}
