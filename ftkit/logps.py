@@ -42,21 +42,37 @@ def _picked(logits, picks, smoothing):
     return picked.lerp(logits.mean(-1, keepdim=True), smoothing) if smoothing else picked
 
 # %% ../nbs/30_logps.ipynb #9ff8d63e
+def _linear(hidden, weight, bias, ids, rows):
+    "Logits, some of them from other rows than those of the head"
+    from torch.nn.functional import linear
+    out = linear(hidden, weight, bias)
+    if ids is not None: out[:, ids] = linear(hidden, rows)
+    return out
+
+def _back(slopes, weight, ids, rows):
+    "And the way back to the hidden states"
+    from torch.nn.functional import linear
+    if ids is None: return linear(slopes.to(weight.dtype), weight.T)
+    other = linear(slopes[:, ids].to(weight.dtype), rows.T)
+    slopes[:, ids] = 0
+    return linear(slopes.to(weight.dtype), weight.T) + other
+
+# %% ../nbs/30_logps.ipynb #433fb30a
 @cache
 def _frozen():
-    "The log-probabilities under a head that is not trained, as a function of the hidden states"
+    "Log-probabilities under a head that is not trained but for some rows, a function of these and the hidden states"
     import torch
-    from torch.nn.functional import linear
 
     class Frozen(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, bias, targets, chunk, scale, softcap, smoothing, entropy):
+        def forward(ctx, hidden, weight, bias, ids, rows, targets, chunk, scale, softcap, smoothing, entropy):
             logps,entropies = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
             top1 = torch.empty_like(targets, dtype=torch.bool)
-            slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            slope = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+            cuts = None if ids is None else logps.new_empty(len(targets), len(ids))
             for a in range(0, len(targets), chunk):
                 some,picks = slice(a, a+chunk),targets[a:a+chunk, None]
-                logits = _capped(linear(hidden[some], weight, bias).float(), scale, softcap)
+                logits = _capped(_linear(hidden[some], weight, bias, ids, rows).float(), scale, softcap)
                 bend = 1 - (logits/softcap)**2 if softcap else 1
                 best,at = logits.max(-1, keepdim=True)
                 picked = _picked(logits, picks, smoothing)
@@ -67,15 +83,18 @@ def _frozen():
                 if slope is None: continue
                 if smoothing: p.sub_(smoothing/p.shape[-1])
                 p.scatter_add_(-1, picks, p.new_full(picks.shape, smoothing-1)) # p - e_y
-                slope[some] = linear((p*bend*-scale if softcap else p.mul_(-scale)).to(weight.dtype), weight.T)
-            ctx.save_for_backward(slope)
+                p = p*bend*-scale if softcap else p.mul_(-scale)
+                if ids is not None: cuts[some] = p[:, ids]
+                slope[some] = _back(p, weight, ids, rows)
+            ctx.save_for_backward(slope, cuts, None if ids is None else hidden)
             ctx.mark_non_differentiable(entropies, top1)
             return logps, entropies, top1
 
         @staticmethod
         def backward(ctx, grad, *_):
-            slope, = ctx.saved_tensors
-            return (grad[:, None]*slope).to(slope.dtype), *[None]*8
+            (slope,cuts,hidden),grad = ctx.saved_tensors,grad[:, None]
+            own = None if cuts is None else ((grad*cuts).T @ hidden.float()).to(hidden.dtype)
+            return (grad*slope).to(slope.dtype), None, None, None, own, *[None]*6
     return Frozen
 
 # %% ../nbs/30_logps.ipynb #3a0b52f5
@@ -100,10 +119,26 @@ def _logits(hidden, layer):
     from torch.nn.functional import linear
     return linear(hidden, layer.weight, layer.bias) if _is_shared(layer) else layer(hidden)
 
-def _is_frozen(layer):
+# %% ../nbs/30_logps.ipynb #51797b61
+def _hooked(layer): return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+def _still(layer):
+    "A plain linear layer that is not trained"
     from torch.nn import Linear
-    plain = type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    plain = type(layer) is Linear and not _hooked(layer)
     return (plain or _is_shared(layer)) and not any(p.requires_grad for p in layer.parameters())
+
+def _parts(layer):
+    "(weight, bias, ids, rows) of a head that is not trained but for some rows, as PEFT has them; None of any other"
+    import torch
+    if _still(layer): return layer.weight, layer.bias, None, None
+    own = getattr(layer, 'token_adapter', None) # of a `TrainableTokensWrapper`
+    if own is None or _hooked(layer) or _hooked(own) or own.merged or not _still(own.base_layer): return None
+    weight,names = own.base_layer.weight,own.active_adapters
+    if own.base_layer.bias is not None or len(names) > 1: return None
+    if own.disable_adapters or not names: return weight, None, None, None
+    ids = torch.tensor(own.token_indices[names[0]], device=weight.device)
+    return weight, None, ids, own.trainable_tokens_delta[names[0]].to(weight.dtype)
 
 # %% ../nbs/30_logps.ipynb #1e7b6345
 def score(hidden,        # hidden states of the positions to score, shape (m, d)
@@ -121,9 +156,9 @@ def score(hidden,        # hidden states of the positions to score, shape (m, d)
     if chunk < 1: raise FtkitError(f'chunk={chunk}: must be at least 1')
     if not 0 <= smoothing < 1: raise FtkitError(f'smoothing={smoothing}: must be in [0, 1)')
     if len(hidden) != len(targets): raise FtkitError(f'{len(hidden)} hidden states for {len(targets)} targets')
-    if _is_frozen(layer) and (entropy is not True or not torch.is_grad_enabled()):
-        logps,entropies,top1 = _frozen().apply(
-            hidden, layer.weight, layer.bias, targets, chunk, scale, softcap, smoothing, entropy)
+    parts = _parts(layer) if entropy is not True or not torch.is_grad_enabled() else None
+    if parts: logps,entropies,top1 = _frozen().apply(
+        hidden, *parts, targets, chunk, scale, softcap, smoothing, entropy)
     else:
         parts = [checkpoint(_scored, h, layer, t, scale, softcap, smoothing, bool(entropy), use_reentrant=False)
                  for h,t in zip(hidden.split(chunk), targets.split(chunk))]

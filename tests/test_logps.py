@@ -63,15 +63,22 @@ def adapted(how):
     from peft import LoraConfig, get_peft_model
     config = dict(lora=dict(target_modules=['q_proj', 'down_proj']),
                   head=dict(target_modules=['q_proj', 'lm_head']),
-                  whole_head=dict(target_modules=['q_proj'], modules_to_save=['lm_head']))[how]
+                  whole_head=dict(target_modules=['q_proj'], modules_to_save=['lm_head']),
+                  rows=dict(target_modules=['q_proj', 'down_proj'], trainable_token_indices=dict.fromkeys(
+                      ('embed_tokens', 'lm_head'), [5, 9, 299])),
+                  rows_and_head=dict(target_modules=['q_proj', 'lm_head'],
+                                     trainable_token_indices=dict(embed_tokens=[5])))[how]
     model = get_peft_model(model, LoraConfig(**config, init_lora_weights=False))
+    for n,p in model.named_parameters():
+        if 'tokens_delta' in n: torch.nn.init.normal_(p, std=.1)
     return model.eval()
 
-@pytest.mark.parametrize('how', ['full', 'lora', 'head', 'whole_head'])
+@pytest.mark.parametrize('how', ['full', 'lora', 'head', 'whole_head', 'rows', 'rows_and_head'])
 def test_gradients_equal_the_plain_formula(how):
     "Relative difference of every weight's gradient at most 1e-6, whatever is trained"
     model = adapted(how)
     ids = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    ids[2, 4:8] = torch.tensor([5, 9, 299, 9])
     labels = ids.clone()
     labels[0, :9] = labels[1, :3] = -100
     weights = torch.randn(3, 19, generator=torch.Generator().manual_seed(1))
@@ -108,6 +115,54 @@ def test_smoothing_equals_torchs(trained):
     weights = torch.randn(20)
     slopes = [torch.autograd.grad((x*weights).sum(), hidden)[0] for x in (ours, theirs)]
     torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-5)
+
+def with_rows(bias=False):
+    "A head with three rows of PEFT's"
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    net = torch.nn.Sequential()
+    net.body,net.head = torch.nn.Linear(16, 16),torch.nn.Linear(16, 500, bias=bias)
+    net = get_peft_model(net, LoraConfig(target_modules=['body'], trainable_token_indices=dict(head=[5, 9, 499])))
+    rows, = (p for n,p in net.named_parameters() if 'tokens_delta' in n)
+    torch.nn.init.normal_(rows)
+    return net, net.base_model.model.head, rows
+
+@pytest.mark.parametrize('options', [{}, dict(scale=.7), dict(softcap=2.), dict(smoothing=.2, scale=3.)], ids=str)
+def test_rows_of_new_tokens(options):
+    "Values and gradients of PEFT's formula, which makes the head anew; the matrix never exists, nothing is done twice"
+    from torch.utils.flop_counter import FlopCounterMode
+    from ftkit import logps
+    net,layer,rows = with_rows()
+    hidden,targets = torch.randn(100, 16, requires_grad=True),torch.tensor([5, 9, 499, 7, 0]*20)
+    how = dict(scale=1., softcap=None, smoothing=0.) | options
+    found = score(hidden, layer, targets, chunk=30, **options)
+    wanted = logps._scored(hidden, layer, targets, entropy=False, **how)
+    torch.testing.assert_close(found.logps, wanted[0], atol=2e-6, rtol=2e-6)
+    assert (found.top1 == wanted[2]).all()
+    weights = torch.randn(100)
+    for x in (hidden, rows):
+        ours,theirs = (torch.autograd.grad((v*weights).sum(), x, retain_graph=True)[0]
+                       for v in (found.logps, wanted[0]))
+        assert (ours-theirs).norm()/theirs.norm() < 1e-6
+    def both_ways(): score(hidden, layer, targets, chunk=20, **options).logps.sum().backward()
+    with FlopCounterMode(display=False) as counter: both_ways()
+    assert counter.get_total_flops() == 2 * 2*100*16*500 + 3 * 2*100*16*3
+    assert largest(both_ways) == 20*500
+
+def test_heads_that_are_not_that_plain():
+    "An adapter that is off, merged, hooked, or stands on a bias: each says what it says when it is called"
+    hidden,targets = torch.randn(20, 16),torch.randint(500, (20,))
+    def agrees(layer): torch.testing.assert_close(
+        score(hidden, layer, targets, chunk=6).logps, layer(hidden).log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    for bias in (False, True):
+        net,layer,_ = with_rows(bias)
+        agrees(layer)
+        with net.disable_adapter(): agrees(layer)
+        handle = layer.register_forward_hook(lambda module, args, out: out*2)
+        agrees(layer)
+        handle.remove()
+        net.merge_adapter()
+        agrees(layer)
 
 class Largest(TorchDispatchMode):
     "The number of elements of the largest tensor that any operation makes"
