@@ -46,14 +46,14 @@ def _linear(hidden, weight, bias, ids, rows):
     "Logits, some of them from other rows than those of the head"
     from torch.nn.functional import linear
     out = linear(hidden, weight, bias)
-    if ids is not None: out[:, ids] = linear(hidden, rows)
+    if ids is not None: out[:, ids] = linear(hidden, rows.to(weight.dtype))
     return out
 
 def _back(slopes, weight, ids, rows):
     "And the way back to the hidden states"
     from torch.nn.functional import linear
     if ids is None: return linear(slopes.to(weight.dtype), weight.T)
-    other = linear(slopes[:, ids].to(weight.dtype), rows.T)
+    other = linear(slopes[:, ids].to(weight.dtype), rows.T.to(weight.dtype))
     slopes[:, ids] = 0
     return linear(slopes.to(weight.dtype), weight.T) + other
 
@@ -93,7 +93,7 @@ def _frozen():
         @staticmethod
         def backward(ctx, grad, *_):
             (slope,cuts,hidden),grad = ctx.saved_tensors,grad[:, None]
-            own = None if cuts is None else ((grad*cuts).T @ hidden.float()).to(hidden.dtype)
+            own = None if cuts is None else (grad*cuts).T @ hidden.float()
             return (grad*slope).to(slope.dtype), None, None, None, own, *[None]*6
     return Frozen
 
@@ -138,7 +138,7 @@ def _parts(layer):
     if own.base_layer.bias is not None or len(names) > 1: return None
     if own.disable_adapters or not names: return weight, None, None, None
     ids = torch.tensor(own.token_indices[names[0]], device=weight.device)
-    return weight, None, ids, own.trainable_tokens_delta[names[0]].to(weight.dtype)
+    return weight, None, ids, own.trainable_tokens_delta[names[0]]
 
 # %% ../nbs/30_logps.ipynb #1e7b6345
 def score(hidden,        # hidden states of the positions to score, shape (m, d)
