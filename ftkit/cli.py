@@ -166,11 +166,12 @@ def _set(method, r, targets, autocast, checkpointing, **said):
     lora = dict(r=r) | (dict(target_modules=[t.strip() for t in targets.split(',')]) if targets else {})
     return dict(method=method) | said | (dict(lora=lora) if method != 'full' else {})
 
-def _beside(config, method, optim, lora, **_):
-    "What a run takes of the disk and of the host's memory, in a line; nothing where that cannot be counted"
-    from ftkit.memory import NotCounted, _lora, host, stored
+def _beside(config, method, optim, lora, dtype, objective, **_):
+    "What a run of ftkit's takes of the disk and of the host's memory, in a line; nothing where that cannot be counted"
+    from ftkit.memory import _lora, host, stored
+    if method == 'full' and dtype != 'fp32' or objective == 'reward': return # not how it trains; without a head
     try: disk,there = (f(config, method, optim, **_lora(lora or {})) for f in (stored, host))
-    except NotCounted: return
+    except FtkitError: return # layers or a family that no formula knows
     words = dict(base='the model', checkpoints='a checkpoint', result='the result', merged='merged', saving='to save',
                  resuming='to resume', merging='to merge')
     disk,there = (', '.join(f'{n/1e9:.2f} {words[k]}' for k,n in found.items()) for found in (disk, there))

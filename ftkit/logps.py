@@ -157,8 +157,9 @@ def score(hidden,        # hidden states of the positions to score, shape (m, d)
     if not 0 <= smoothing < 1: raise FtkitError(f'smoothing={smoothing}: must be in [0, 1)')
     if len(hidden) != len(targets): raise FtkitError(f'{len(hidden)} hidden states for {len(targets)} targets')
     parts = _parts(layer) if entropy is not True or not torch.is_grad_enabled() else None
-    if parts: logps,entropies,top1 = _frozen().apply(
-        hidden, *parts, targets, chunk, scale, softcap, smoothing, entropy)
+    if parts:
+        if not torch.is_grad_enabled(): hidden,*parts = (x if x is None else x.detach() for x in (hidden, *parts))
+        logps,entropies,top1 = _frozen().apply(hidden, *parts, targets, chunk, scale, softcap, smoothing, entropy)
     else:
         parts = [checkpoint(_scored, h, layer, t, scale, softcap, smoothing, bool(entropy), use_reentrant=False)
                  for h,t in zip(hidden.split(chunk), targets.split(chunk))]

@@ -194,26 +194,34 @@ def _ready(model, tok):
 
 # %% ../nbs/22_models.ipynb #4bd0b729
 def _controls(tok):
-    "Ids of the tokens that a chat is written with, but not words"
-    chat = [dict(role='user', content='Hi'), dict(role='assistant', content='Hi')]
-    try: ids = tok(render(tok, chat), add_special_tokens=False)['input_ids']
-    except FtkitError: ids = [] # this template takes other chats
-    return sorted({*tok.get_added_vocab().values()} & {*ids, *stop_ids(tok)})
+    "(ids of the added tokens that turns of a system, a user and an assistant are written with, those that end answers)"
+    turns,ids,ends = [dict(role=role, content='Hi') for role in ('system', 'user', 'assistant')],set(),[]
+    for chat in (turns, turns[1:]):
+        try: ids |= {*tok(render(tok, chat), add_special_tokens=False)['input_ids']}
+        except FtkitError: continue # this template takes other chats
+        ends = stop_ids(tok)
+    ids &= {*tok.get_added_vocab().values()}
+    return sorted(ids), sorted(ids & {*ends})
 
 def untrained(model,   # causal language model
               tok,     # its tokenizer, with a chat template
               least=.1 # distance from zero, and from other rows, as share of what is usual
              ):        # list of token ids
-    "Tokens of a chat that a model has never met, told by their rows of the embedding or the head"
+    "Tokens of a chat that a model has never met, by their rows of the embedding, or of the head if they end answers"
     import torch
-    ids,found = torch.tensor(_controls(tok), dtype=torch.long),set()
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is None or not len(ids): continue
-        w = layer.weight.detach()
-        others = torch.tensor([i for i in {*tok.get_added_vocab().values(), *range(len(tok), len(w))} if i < len(w)])
-        near = torch.cdist(w[ids].float(), w[others].float()).cpu().masked_fill(ids[:,None] == others, torch.inf)
-        sizes,usual = w[ids].float().norm(dim=1).cpu(),w[:1000].float().norm(dim=1).median().cpu()
-        found |= {*ids[(sizes < least*usual) | (near.min(1).values < least*usual)].tolist()}
+    added,found = {*tok.get_added_vocab().values()},set()
+    for layer,ids in zip((model.get_input_embeddings(), model.get_output_embeddings()), _controls(tok)):
+        w = getattr(layer, 'weight', None)
+        if w is None or w.ndim != 2 or not w.is_floating_point() or w.is_meta: continue # in few bits, or in another way
+        found |= {i for i in ids if i >= len(w)}
+        if not (ids := [i for i in ids if i < len(w)]): continue
+        words = [i for i in range(0, min(len(tok), len(w)), len(tok)//2000 + 1) if i not in added]
+        others = torch.tensor([i for i in {*added, *range(len(tok), len(w))} if i < len(w)])
+        rows,usual = w.detach()[ids].float(),w.detach()[words].float().norm(dim=1).median()
+        near = torch.cdist(rows, w.detach()[others].float()).cpu()
+        near[torch.tensor(ids)[:, None] == others] = torch.inf # but for themselves
+        alike = torch.minimum(rows.norm(dim=1).cpu(), near.min(1).values) < least*usual.item()
+        found |= {i for i,x in zip(ids, alike.tolist()) if x}
     return sorted(found)
 
 # %% ../nbs/22_models.ipynb #b059d30d
@@ -239,13 +247,22 @@ def _unsloth_base(name, tok, precision, quantize):
     return model, _ready(model, tok)
 
 # %% ../nbs/22_models.ipynb #599c13e1
+def _rows(model, tok, new, options):
+    "Rows of tokens that the model does not know, but for matrices that are trained or adapted as a whole; or None"
+    if 'trainable_token_indices' in options: return None # the caller has said which
+    names,whole = options['target_modules'],{*(options.get('modules_to_save') or ())}
+    rows = modules_to_train(model, sorted({*new, *template_ids(tok), *untrained(model, tok)}))
+    ends = {name.rsplit('.', 1)[-1] for name,module in model.named_modules() if module is model.get_output_embeddings()}
+    if len(rows) == 1 and whole & ends: return None # one matrix under two names
+    taken = whole | ({names} if isinstance(names, str) else {*names})
+    return {name: ids for name,ids in rows.items() if name not in taken} or None
+
 def _adapted(model, tok, new, engine, config, seed, **options):
     "The model with an adapter, and with trained rows for tokens it does not know"
     import torch
     from peft import LoraConfig, get_peft_model
     from ftkit.lora import lora_targets
-    rows = modules_to_train(model, sorted({*new, *template_ids(tok), *untrained(model, tok)})) if config is None else {}
-    options = dict(trainable_token_indices=rows or None) | options
+    options = dict(trainable_token_indices=_rows(model, tok, new, options) if config is None else None) | options
     for module,ids in (options['trainable_token_indices'] or {}).items(): print(
         f'{len(ids)} tokens of {module} are new to the model: they are trained and saved with the adapter')
     try:

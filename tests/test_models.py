@@ -164,28 +164,61 @@ def test_tokens_that_a_model_has_never_met():
     with torch.no_grad(): odds = plain(input_ids=torch.arange(200)[None]).logits.softmax(-1)[..., ids[1]]
     assert alike == 310 and odds.max() < 1.2/310 # they are alike to a few hundredths
 
+def small(tok, tied=True, **options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes | dict(vocab_size=len(tok)+8, tie_word_embeddings=tied) | options))
+
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('how', ['met', 'zero', 'as one that is in no text', 'head alone'])
 def test_rows_of_a_template(how, tied):
-    "Distinct rows are left alone, whatever they are; others are named, of the embedding or of a head of its own"
+    "Distinct rows are left alone; others are named, of the embedding, or of a head of its own if they end answers"
     from ftkit.models import untrained
-    from transformers import LlamaConfig, LlamaForCausalLM
     if how == 'head alone' and tied: pytest.skip('there is none')
-    torch.manual_seed(0)
     tok,ids = own_template()
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                         vocab_size=len(tok)+8, tie_word_embeddings=tied)
-    model = LlamaForCausalLM(config)
+    model = small(tok, tied)
     layer = model.get_output_embeddings() if how == 'head alone' else model.get_input_embeddings()
     with torch.no_grad():
         if how == 'zero': layer.weight[ids] = 0
         elif how != 'met': layer.weight[ids] = layer.weight[[-1]] + 1e-4*torch.randn(2, 32)
-    assert untrained(model, tok) == ([] if how == 'met' else ids)
+    assert untrained(model, tok) == dict(met=[]).get(how, ids[1:] if how == 'head alone' else ids)
+
+def test_rows_that_cannot_be_told():
+    "Rows that are not there were never met; a head of another kind says nothing, nor a chat that is refused"
+    from ftkit.models import untrained
+    tok,ids = own_template()
+    assert untrained(small(tok, vocab_size=3), tok) == ids[1:]
+    model = small(tok, False)
+    for head in (torch.nn.Identity(), torch.nn.Linear(2, 2, device='meta')):
+        model.set_output_embeddings(head)
+        assert untrained(model, tok) == []
+    tok.chat_template = "{{ raise_exception('no chat') }}"
+    assert untrained(model, tok) == []
+    load_model('embedded', tok, reward=True)
+
+def test_many_rows_that_nobody_met_at_the_beginning():
+    "What is usual is seen at words, wherever they are: some tokenizers begin with a thousand tokens that are none"
+    from ftkit.models import untrained
+    tok,ids = own_template()
+    tok.add_tokens([f'<|unused {k}|>' for k in range(3000)])
+    model = small(tok)
+    with torch.no_grad(): model.get_input_embeddings().weight[[*ids, *range(1024, 4024)]] *= 1e-4
+    assert untrained(model, tok) == ids
+
+@pytest.mark.parametrize('options', [dict(modules_to_save=['embed_tokens']), dict(modules_to_save=['lm_head']),
+                                     dict(target_modules=['q_proj', 'embed_tokens'])], ids=str)
+def test_matrices_that_are_trained_whole(options):
+    "Need no rows of their own, and PEFT would not have both"
+    tok,_ = own_template()
+    model = load_model('embedded', tok, **options)
+    assert not model.peft_config['default'].trainable_token_indices
 
 def test_tokens_of_other_models(shared):
     "No control token of a chat, no ids; a row of each that is in a real template, and not of its words"
     from ftkit.models import _controls
     tok = load_tokenizer(shared/'tokenizers'/'qwen3')
-    assert {'<|im_start|>', '<|im_end|>'} <= {*tok.convert_ids_to_tokens(_controls(tok))} <= {*tok.get_added_vocab()}
-    tok.chat_template = "{{ messages[0]['content'] }}"
-    assert set(tok.convert_ids_to_tokens(_controls(tok))) <= {'<|im_end|>', '<|endoftext|>'}
+    all_,ends = map(tok.convert_ids_to_tokens, _controls(tok))
+    assert {'<|im_start|>', '<|im_end|>'} <= {*all_} <= {*tok.get_added_vocab()} and ends == ['<|im_end|>']
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert _controls(tok) == ([], [])
