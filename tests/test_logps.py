@@ -74,7 +74,7 @@ def adapted(how):
     return model.eval()
 
 @pytest.mark.parametrize('how', ['full', 'lora', 'head', 'whole_head', 'rows', 'rows_and_head'])
-def test_gradients_equal_the_plain_formula(how):
+def test_gradients_equal_the_plain_formula(large, how):
     "Relative difference of every weight's gradient at most 1e-6, whatever is trained"
     model = adapted(how)
     ids = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -116,6 +116,12 @@ def test_smoothing_equals_torchs(trained):
     slopes = [torch.autograd.grad((x*weights).sum(), hidden)[0] for x in (ours, theirs)]
     torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-5)
 
+@pytest.fixture
+def large(monkeypatch):
+    "Every head counts as a large one"
+    from ftkit import logps
+    monkeypatch.setattr(logps, 'LARGE', 0)
+
 def with_rows(bias=False):
     "A head with three rows of PEFT's"
     from peft import LoraConfig, get_peft_model
@@ -128,7 +134,7 @@ def with_rows(bias=False):
     return net, net.base_model.model.head, rows
 
 @pytest.mark.parametrize('options', [{}, dict(scale=.7), dict(softcap=2.), dict(smoothing=.2, scale=3.)], ids=str)
-def test_rows_of_new_tokens(options):
+def test_rows_of_new_tokens(large, options):
     "Values and gradients of PEFT's formula, which makes the head anew; the matrix never exists, nothing is done twice"
     from torch.utils.flop_counter import FlopCounterMode
     from ftkit import logps
@@ -152,7 +158,7 @@ def test_rows_of_new_tokens(options):
     assert counter.get_total_flops() == 2*100*16*500 + 2*100*16*3
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_rows_in_32_bits_of_a_head_in_16(dtype):
+def test_rows_in_32_bits_of_a_head_in_16(large, dtype):
     "Their gradient is added up in 32 bits, far nearer than 16 bits could be"
     from ftkit import logps
     net,layer,rows = with_rows()
@@ -168,7 +174,7 @@ def test_rows_in_32_bits_of_a_head_in_16(dtype):
     mine = torch.autograd.grad(found.sum(), rows)[0]
     assert (mine-exact).norm()/exact.norm() < 1e-5
 
-def test_heads_that_are_not_that_plain():
+def test_heads_that_are_not_that_plain(large):
     "An adapter that is off, merged, hooked, or stands on a bias: each says what it says when it is called"
     hidden,targets = torch.randn(20, 16),torch.randint(500, (20,))
     def agrees(layer): torch.testing.assert_close(
