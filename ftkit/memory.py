@@ -904,7 +904,7 @@ FILE = 50*10**9 # bytes: transformers begins another file of weights there
 def host(model,         # as in `read_config`
          method='lora', # one of `METHODS`
          optim='adamw_torch_fused', # by the name it has in transformers
-         tokens=250,    # that `merge` compares predictions on; its own six prompts are 100 to 170, with room; 0 for none
+         tokens=250,    # that `merge` compares predictions on: its own six prompts are 100 to 170; 0 for none
          **lora         # of `adapter_parts`
         ):              # bytes by moment
     "What the host's memory must hold to save from a GPU, to resume and to merge, beside Python and its libraries"
