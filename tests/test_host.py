@@ -1,5 +1,6 @@
 "The host's memory: what `ftkit.memory.host` says, beside what the kernel counts while it happens"
 import json, os, subprocess, sys, threading, time
+from pathlib import Path
 import pytest
 from ftkit.core import FtkitError
 from ftkit.memory import host
@@ -12,7 +13,7 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from ftkit.models import PROMPTS, merge, save
+from ftkit.models import PROMPTS, merge
 from ftkit.mask import prompt_ids
 folder,shape,method = Path(sys.argv[1]),json.loads(sys.argv[2]),sys.argv[3]
 def begin():
@@ -21,22 +22,8 @@ def begin():
 """
 
 MAKE = HEAD + """
-from peft import LoraConfig, get_peft_model
-from ftkit.chat import set_template
-from ftkit.tiny import train_tokenizer
-torch.set_default_dtype(torch.bfloat16)
-model = LlamaForCausalLM(LlamaConfig(**shape))
-model.save_pretrained(folder/'base')
-tok = train_tokenizer([])
-set_template(tok, 'chatml')
-tok.save_pretrained(folder/'base')
-model.config._name_or_path = str(folder/'base')
-model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear', task_type='CAUSAL_LM'))
-for n,p in model.named_parameters():
-    if p.requires_grad: p.data = p.data.float()
-    if 'lora_B' in n: torch.nn.init.normal_(p, std=.01)
-model.ftkit = dict(model=str(folder/'base'), adapter=method, precision='bf16')
-save(model, tok, folder/'tuned')
+from tuned import make
+model,tok = make(folder, shape, method, '5GB')
 trained = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(trained)
 for p in trained: p.grad = torch.ones_like(p)
@@ -86,7 +73,7 @@ def made(request, tmp_path_factory):
     if not os.path.exists('/proc/self/status'): pytest.skip('nobody counts them here')
     folder = tmp_path_factory.mktemp(request.param)
     done = subprocess.run([sys.executable, '-c', MAKE, folder, json.dumps(SHAPE), request.param], capture_output=True,
-                          text=True)
+                          text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-1000:]
     return folder, request.param, json.loads(done.stdout.split('\n')[-2])
 

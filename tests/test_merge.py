@@ -136,50 +136,30 @@ def test_any_config_of_peft(tmp_path):
     merge(tmp_path/'tuned', tmp_path/'merged', 'fp32')
     close(logits(load_tuned(tmp_path/'merged')[1], tok), logits(model, tok))
 
-LARGE = """
+MERGE = """
 import json, resource, sys
 from pathlib import Path
-folder = Path(sys.argv[1])
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from peft import LoraConfig, get_peft_model
 from ftkit.models import merge
-from ftkit.tiny import train_tokenizer
-from ftkit.models import save
-from ftkit.chat import set_template
-
+import peft, transformers.models.llama.modeling_llama
+folder = Path(sys.argv[1])
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-if sys.argv[2] == 'make':
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
-                         vocab_size=4096)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder/'base', max_shard_size='400MB')
-    tok = train_tokenizer([])
-    set_template(tok, 'chatml')
-    tok.save_pretrained(folder/'base')
-    model.config._name_or_path = str(folder/'base')
-    model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear', task_type='CAUSAL_LM'))
-    for n,p in model.named_parameters():
-        if 'lora_B' in n: torch.nn.init.normal_(p, std=.01)
-    model.ftkit = dict(model=str(folder/'base'), adapter=sys.argv[3], precision='bf16')
-    save(model, tok, folder/'tuned')
-else:
-    before = peak()
-    done = merge(folder/'tuned', folder/'merged', prompts=() if sys.argv[3] == 'none' else ['What is 2 + 2?'])
-    print(json.dumps(dict(grown=peak()-before, route=done.route, distance=done.distance)))
+before = peak()
+done = merge(folder/'tuned', folder/'merged', prompts=() if sys.argv[2] == 'none' else ['What is 2 + 2?'])
+print(json.dumps(dict(grown=peak()-before, route=done.route, distance=done.distance)))
 """
 
 def test_a_model_of_2_gb_is_merged_in_little_memory(tmp_path, adapter='lora', prompts='some'):
     "At most the largest file and 500 MB more than before, measuring included"
     def run(*args):
-        done = subprocess.run([sys.executable, '-c', LARGE, str(tmp_path), *args], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return done
-    run('make', adapter)
+    shape = json.dumps(dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
+                            vocab_size=4096))
+    run(Path(__file__).parent/'tuned.py', tmp_path, shape, adapter, '400MB')
     sizes = [f.stat().st_size for f in (tmp_path/'base').glob('*.safetensors')]
     assert sum(sizes) > 2e9 and len(sizes) > 4
-    said = json.loads(run('merge', prompts).stdout.split('\n')[-2])
+    said = json.loads(run('-c', MERGE, tmp_path, prompts).stdout.split('\n')[-2])
     print(f"{sum(sizes)/1e9:.2f} GB, largest file {max(sizes)/1e6:.0f} MB: {said['grown']/1e6:.0f} MB more; "
           f"{said['distance']}")
     assert said['grown'] < max(sizes) + 500e6
