@@ -329,7 +329,7 @@ def _frozen_head(x, head, n, net):
             if net.head_cap: bend = each(each(each(logits)))
             last = logits # the one before is gone only now
             if net.entropy: each(logits)
-            if node: cast(each(each(logits)) if net.head_cap else logits, head.width).new((m, shape[1]))
+            if node: cast(logits, head.width).new((m, shape[1]))
     del last,logits,bare,bend
     def back(grad):
         slope = cast(grad.new((n, shape[1]), 4), head.width)

@@ -83,7 +83,8 @@ def _frozen():
                 if slope is None: continue
                 if smoothing: p.sub_(smoothing/p.shape[-1])
                 p.scatter_add_(-1, picks, p.new_full(picks.shape, smoothing-1)) # p - e_y
-                p = p*bend*-scale if softcap else p.mul_(-scale)
+                if softcap: p.mul_(bend)
+                p.mul_(-scale)
                 if ids is not None: cuts[some] = p[:, ids]
                 slope[some] = _back(p, weight, ids, rows)
             ctx.save_for_backward(slope, cuts, None if ids is None else hidden)

@@ -62,15 +62,16 @@ def test_output_is_cut():
 def test_nothing_is_left(tmp_path, monkeypatch):
     "No process, no file, after programs that were killed; and the broken twin: a folder that nobody removes"
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    before = children() # other tests' helpers, such as torch's compiler
     for program in ('open("kept", "w").write("x")\nwhile True: pass', THREADS): run_code(program, seconds=1)
     time.sleep(.2)
-    assert not children() and not os.listdir(tmp_path)
+    assert children() <= before and not os.listdir(tmp_path)
     monkeypatch.setattr(sandbox, '_folder', lambda: contextlib.nullcontext(tempfile.mkdtemp()))
     run_code('open("kept", "w").write("x")')
     left, = os.listdir(tmp_path)
     assert os.listdir(tmp_path/left) == ['kept']
 
-def children(): return [p for p in os.listdir('/proc') if p.isdigit() and parent(p) == os.getpid()]
+def children(): return {p for p in os.listdir('/proc') if p.isdigit() and parent(p) == os.getpid()}
 
 def parent(pid):
     try: return int(open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()[1])
