@@ -10,13 +10,14 @@ Docs: https://ftkit.github.io/ftkit/simulate.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'OPTIMS', 'LOSSES', 'OBJECTIVES', 'REFERENCES', 'PRICED', 'SHARDINGS', 'RL', 'WORKSPACE', 'METHODS',
-           'ATTENTIONS', 'Simulation', 'simulate']
+           'ATTENTIONS', 'Simulation', 'simulate', 'extrapolate']
 
 # %% ../nbs/45_simulate.ipynb #88245fa0
 import re, sys, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from unittest import mock
 from fastcore.basics import patch
 from .core import FtkitError, need
@@ -879,3 +880,40 @@ def simulate(model,                # a config of transformers, a folder or a Hub
         copy,net,trained = _in_memory(m, mesh, copy, net, setting)
         events = _two_steps(m, net, copy, how, trained, rows, setting, cast)
     return Simulation(setting, events, m.kinds, config.get_text_config().vocab_size, workspace)
+
+# %% ../nbs/45_simulate.ipynb #ae598cfa
+def _turn(config):
+    "After how many layers they are as they were, as far as the lists of a config tell"
+    c = config.get_text_config()
+    n = c.num_hidden_layers
+    lists = [v for v in vars(c).values() if isinstance(v, list) and len(v) == n]
+    return next(k for k in range(1, n+1) if all(v[k:] == v[:-k] for v in lists))
+
+def _cut(config, layers):
+    "The config of a model with fewer layers"
+    config = _config(config)
+    c = config.get_text_config()
+    for name,v in vars(c).items():
+        if isinstance(v, list) and len(v) == c.num_hidden_layers: setattr(c, name, v[:layers])
+    c.num_hidden_layers = layers
+    return config
+
+# %% ../nbs/45_simulate.ipynb #433ffaa3
+def _most(config, layers, options):
+    "The most bytes of each stretch of a phase"
+    curve = simulate(_cut(config, layers), **options).curve()
+    return [(phase, max(sum(by.values()) for _,by in some)) for phase,some in groupby(curve, key=lambda x: x[0])]
+
+def extrapolate(model,     # a config of transformers, a folder or a Hub id
+                **options  # of `simulate`
+               ):          # dict of phase to bytes, as `phases` of a `Simulation`
+    "The most bytes in use in each phase of a deep model, from traces of two that are less deep"
+    config = _config(model)
+    n,turn = config.get_text_config().num_hidden_layers,_turn(config)
+    more = _round(4, turn)
+    few = n%turn + more
+    if few+more >= n: return simulate(config, **options).phases
+    out = {}
+    for (phase,a),(_,b) in zip(_most(config, few, options), _most(config, few+more, options), strict=True):
+        out[phase] = max(out.get(phase, 0), a + (b-a)*(n-few)//more)
+    return out

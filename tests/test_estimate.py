@@ -40,12 +40,10 @@ def test_the_recorded_rows_are_not_stale():
     "A few of them, traced again"
     pytest.importorskip('transformers')
     from ftkit.simulate import simulate
-    wanted = {'SmolLM2-135M', 'OLMo-2-1B', 'gemma-2b'}
-    for (name,s),row in zip(bench.drawn(66), rows()):
-        if name not in wanted: continue
-        wanted -= {name}
-        assert simulate(bench.model(name), **s).allocated == int(row['simulated'])
-    assert not wanted
+    settings,done = [*bench.drawn(66)],rows()
+    for k in (14, 28, 44, 57): # the quickest, and one with a capped head
+        name,s = settings[k]
+        assert simulate(bench.model(name), **s).allocated == int(done[k]['simulated']), name
 
 SHAPES = dict(
     llama={}, granite={}, mistral=dict(sliding_window=48), smollm3=dict(pad_token_id=0), qwen2={}, qwen3={}, olmo2={},
@@ -99,12 +97,16 @@ def test_a_cache_of_windows():
     s = dict(objective='grpo', length=1024, answers=64, checkpointing=True)
     assert abs(estimate(config, **s).allocated/peaks(config, **s) - 1) < .02
 
-@pytest.mark.parametrize('tied', [False, True])
-@pytest.mark.parametrize('s', FEW, ids=lambda s: ' '.join(map(str, s.values())))
+# with several batches a trace takes twice as long: every other one is tied
+TIED = [(s, tied) for k,s in enumerate(FEW) for tied in (False, True) if 'accumulation' not in s or k%2 == tied]
+
+def name(x): return ' '.join(map(str, x.values() if isinstance(x, dict) else [x]))
+
+@pytest.mark.parametrize('s,tied', TIED, ids=name)
 def test_several_gpus_and_rl_are_the_trace(s, tied):
     "Small models, within 1.2% of what the trace has in use"
     from transformers import AutoConfig
-    shape = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=8, head_dim=128)
+    shape = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=5, num_attention_heads=8, head_dim=128)
     config = AutoConfig.for_model('llama', **shape, num_key_value_heads=4, vocab_size=30000, tie_word_embeddings=tied)
     s = dict(length=400, batch=2) | s
     assert abs(estimate(config, **s).allocated/peaks(config, **s) - 1) < .012
@@ -405,6 +407,7 @@ def test_an_evaluation_is_counted_as_it_is_traced(s):
     "Between two steps, with no way back; what is not counted is 5 MB"
     from ftkit.simulate import WORKSPACE, simulate
     config = bench.model('SmolLM2-135M')
+    config.num_hidden_layers = 6
     for rows in (4, 32):
         traced = simulate(config, **s, length=512, evaluation=rows).phases['evaluation'] + 2*WORKSPACE
         counted = sum(estimate(config, **s, length=512, evaluation=rows).phases['evaluation'].values())
