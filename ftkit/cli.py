@@ -202,7 +202,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            attention:str=None,     # sdpa, flash, efficient or eager; efficient on a T4, otherwise sdpa by default
            checkpointing:store_true=False, # gradient checkpointing, which qlora has in any case
            optim:str='adamw_torch_fused', # by the name it has in transformers
-           loss:str='ftkit',       # ftkit's, or transformers': plain
+           loss:str='ftkit',       # ftkit's, TRL's (trl) or transformers' (plain)
            gpus:int=1,             # among which training is shared
            sharding:str='fsdp',    # how: fsdp, fsdp1 (with --loss plain), ddp, zero1, zero2 or zero3
            trace:store_true=False  # trace a step of the installed libraries, which takes seconds

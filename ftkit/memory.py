@@ -24,7 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from .core import FtkitError
-from .layers import Net, Unit, chunked_loss, chunks, decoder, entered, left, norm, plain_loss
+from .layers import Net, Unit, chunked_loss, chunks, decoder, entered, left, norm, plain_loss, tiled_loss
 from .tape import Node, Tape, backward, checkpoint, each, linear, made, weight
 
 # %% ../nbs/06_memory.ipynb #07d20629
@@ -235,7 +235,7 @@ def kept(config,                    # as in `read_config`
 
 # %% ../nbs/06_memory.ipynb #142be371
 OBJECTIVES = 'sft', 'reward', 'dpo', 'kto', 'orpo', 'cpo', 'simpo', 'grpo', 'ppo'
-RL,KINDS,LOSSES = ('grpo', 'ppo'), ('dpo', 'kto'), ('ftkit', 'plain', 'kept') # KINDS: with a reference in any case
+RL,KINDS,LOSSES = ('grpo', 'ppo'), ('dpo', 'kto'), ('ftkit', 'trl', 'plain', 'kept') # KINDS: always with a reference
 ATTENTIONS,REFERENCES = ('sdpa', 'flash', 'efficient', 'eager'), ('adapter', 'copy', 'precomputed')
 
 def _rows(objective, batch, length, attention, hidden):
@@ -378,7 +378,7 @@ def _through(tape, c, s, layers, windowed):
     head = table if _tied(c) and not scored else weight(tape, *table.shape, width=other, trained=full)
     lora = [] if full else adapter_parts(_layer(c, FAMILIES[c['model_type']]), **s['lora'])
     gain,tied = weight(tape, hidden, width=other, trained=full),head is table
-    if full: tape.parts[head.node] = tied + (1 if _whole_logits(s) else len(chunks(n))) # the table's own, too
+    if full: tape.parts[head.node] = tied + (len(chunks(n)) if _in_chunks(s) else 1) # the table's own, too
     last = _unit(tape, s, [gain] if scored else [gain, head], None, True)
     first = last if tied else _unit(tape, s, [table], None)
     if last and not tied and _passed(s):
@@ -400,16 +400,16 @@ def _through(tape, c, s, layers, windowed):
     tape.part = 'the head'
     if last: last.before = unit
     x = norm(entered(x, last if not tied else None), gain, net.style)
-    if s['objective'] != 'sft' or s['loss'] == 'ftkit': tape.piece = None # the model is left before there is a loss
+    if _in_chunks(s): tape.piece = None # the model is left before there is a loss
     return _lost(x, head, n, net, s, width if full else 4, last), last if tied else first
 
-def _whole_logits(s): return s['objective'] == 'sft' and s['loss'] != 'ftkit'
+def _in_chunks(s): return s['objective'] != 'sft' or s['loss'] == 'ftkit'
 
 def _lost(x, head, n, net, s, width, unit):
     "The loss of an objective"
-    if _whole_logits(s): return plain_loss(x, head, net, s['loss'] == 'kept', unit)
-    if s['objective'] == 'sft': return chunked_loss(x, head, n, net)
-    if s['objective'] != 'reward': return chunked_loss(_picked(x, n), head, n, net)
+    if not _in_chunks(s): return tiled_loss(x, head, n, unit) if s['loss'] == 'trl' else plain_loss(
+        x, head, net, s['loss'] == 'kept', unit)
+    if s['objective'] != 'reward': return chunked_loss(x if s['objective'] == 'sft' else _picked(x, n), head, n, net)
     return [linear(_picked(x, 2*s['batch']), weight(x.tape, 1, x.shape[1], width=width, trained=True))]
 
 # %% ../nbs/06_memory.ipynb #cc0c12aa

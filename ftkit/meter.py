@@ -84,8 +84,19 @@ def _guesses(share, guess):
     aten = torch.ops.aten
     def found(t): return t.new_empty((round(t.numel()*(share if t.ndim == 2 else 1)), t.ndim), dtype=torch.long)
     def number(t): return 1. if t.dtype.is_floating_point else 1
-    return {aten.nonzero.default: found} | ({aten._local_scalar_dense.default: number,
-                                             aten.equal.default: lambda *_: True} if guess else {})
+    return _let_through(aten) | {aten.nonzero.default: found} | ({
+        aten._local_scalar_dense.default: number, aten.equal.default: lambda *_: True} if guess else {})
+
+def _let_through(aten):
+    "Of what a mask lets through: all of it"
+    import torch
+    def mask(ids): return next((i for i in ids if i is not None and i.dtype == torch.bool), None)
+    def index(x, ids):
+        m = mask(ids)
+        return aten.index.Tensor(x, ids) if m is None else x.flatten(0, m.ndim-1).clone()
+    def put(x, ids, *args): return aten._index_put_impl_.default(x, ids, *args) if mask(ids) is None else x
+    return {aten.index.Tensor: index, aten._index_put_impl_.default: put,
+            aten.masked_select.default: lambda x, _: x.flatten().clone()}
 
 def meter(scratch=None, # operation -> function of its arguments that says how many bytes it needs for itself
           share=1.,     # of a table without numbers, how much is not zero

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from types import SimpleNamespace
 from unittest import mock
 from fastcore.basics import patch
 from .core import FtkitError, need
@@ -300,7 +301,35 @@ def _own(model, ids):
     hidden = hidden_states(model, head, input_ids=ids)
     return -head.score(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).logps.mean()
 
-LOSSES = dict(plain=_plain, kept=_kept, ftkit=_own)
+# %% ../nbs/45_simulate.ipynb #bf8637f7
+def _tiled(model, ids):
+    "TRL's, from a tile of logits at a time"
+    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    return -out.log_probs.sum()/out.label_mask.sum()
+
+LOSSES = dict(plain=_plain, kept=_kept, ftkit=_own, trl=_tiled)
+
+class _Nothing:
+    "A kernel that does nothing, on any grid"
+    def __getitem__(self, grid): return lambda *_, **__: None
+
+# %% ../nbs/45_simulate.ipynb #4d8f7711
+def _base_of(net): return net.get_base_model() if hasattr(net, 'peft_config') else net
+
+@contextmanager
+def _trls_loss(net):
+    "TRL's loss in a model, as on a GPU"
+    utils = need('trl.trainer.utils', 'trl')
+    kernels = sys.modules.get('trl.kernels.chunked_logprob')
+    if kernels is None: raise FtkitError("loss='trl': this TRL makes all logits at once: pip install -U trl")
+    utils.add_fused_lm_head(_base_of(net), outputs=('log_probs', 'entropy', 'is_top1')) # as `SFTTrainer` does
+    with ExitStack() as stack:
+        use = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))
+        for module in (kernels, utils): use(module, '_use_triton', lambda device: True)
+        for name in ('_forward_kernel', '_backward_kernel'): use(kernels, name, _Nothing())
+        use(kernels, '_addmm_fp32', lambda *_: None)
+        use(kernels, 'triton', SimpleNamespace(cdiv=lambda a, b: -(-a//b)), create=True)
+        yield
 
 # %% ../nbs/45_simulate.ipynb #3a7355b7
 OBJECTIVES = 'sft', 'reward', 'dpo', 'kto', 'orpo', 'cpo', 'simpo', 'grpo', 'ppo'
@@ -308,7 +337,6 @@ REFERENCES,PRICED = ('adapter', 'copy', 'precomputed'), ('dpo', 'kto', 'grpo', '
 
 def _answers(objective, net, length, batch, attention):
     "A batch of answers, as `train` would make it"
-    from types import SimpleNamespace
     from ftkit.answers import AnswerCollator
     half = length//2
     prompt,answer = dict(prompt_ids=[5]*half),[6]*(length-half)
@@ -346,7 +374,6 @@ def _referred(batch, net, copy, how):
 def _group(net, length, batch, attention):
     "A prompt and its answers, as `rl` would lay them"
     import numpy as np, torch
-    from types import SimpleNamespace
     from ftkit.answers import AnswerCollator
     half,answer = length//2,length-length//2
     collator = AnswerCollator(SimpleNamespace(pad_token_id=0), net, 'packed' if attention == 'flash' else 'shared')
@@ -506,7 +533,7 @@ def _shard(net, mesh, autocast):
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     half = getattr(torch, DTYPES[autocast]) if autocast else None
-    base = net.get_base_model() if hasattr(net, 'peft_config') else net
+    base = _base_of(net)
     how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(half, half, half),
                ignored_params={p for p in net.parameters() if p.dtype == torch.uint8})
     for layer in base.modules():
@@ -525,7 +552,7 @@ def _flat(net, autocast):
     from torch.distributed.fsdp import FullyShardedDataParallel as Flat, MixedPrecision
     from torch.distributed.fsdp.wrap import CustomPolicy
     half = getattr(torch, DTYPES[autocast]) if autocast else None
-    base = net.get_base_model() if hasattr(net, 'peft_config') else net
+    base = _base_of(net)
     def unit(layer):
         leaf = net is not base and not [*layer.children()] and getattr(layer, 'weight', None) is not None
         return type(layer).__name__ in (base._no_split_modules or ()) or leaf and layer.weight.requires_grad
@@ -787,7 +814,8 @@ def _two_steps(m, net, copy, how, trained, rows, s, cast):
     critic = _critic(net, trained) if s['objective'] == 'ppo' else None
     optimizer,(made,held) = _optimizer(s['optim'], trained, net, m),(_fake(r, m) for r in rows)
     ahead,loss = _ahead(s, net, copy, how, critic),_loss_of(s, net, critic, how)
-    with m, _named(m, net):
+    tiled = s['objective'] == 'sft' and s['loss'] == 'trl'
+    with m, _named(m, net), _trls_loss(net) if tiled else nullcontext():
         for k in range(2):
             _step(m, net, optimizer, loss, made, cast, s['clip'], ahead, s['accumulation'])
             if s['evaluation'] and not k: _evaluated(m, net, loss, held, cast, ahead)
@@ -830,7 +858,7 @@ def _check(objective, method, upcast, lora, gpus, answers, **setting):
     if setting['reference'] == 'precomputed' and objective in RL: raise FtkitError(
         f"{objective} asks its reference about new answers: reference='adapter' or 'copy'")
     split,flat = (gpus > 1 and setting['sharding'] == way for way in ('fsdp', 'fsdp1'))
-    if flat and (objective != 'sft' or setting['loss'] == 'ftkit'): raise FtkitError(
+    if flat and (objective != 'sft' or setting['loss'] in ('ftkit', 'trl')): raise FtkitError(
         "fsdp1 is followed with a loss of transformers alone: objective='sft', loss='plain' or 'kept'")
     if flat and upcast: raise FtkitError('fsdp1 makes one tensor of a layer, whose weights upcast leaves in two kinds')
     if split and method == 'full' and setting['autocast'] and setting['dtype'] != 'fp32': raise FtkitError(
@@ -852,7 +880,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              optim='adamw_torch_fused', # one of `OPTIMS`
              objective='sft',      # one of `OBJECTIVES`
              reference=None,       # one of `REFERENCES`; the adapter switched off, or a copy, by default
-             loss='ftkit',         # of SFT, one of `LOSSES`: ours, transformers', the latter with logits that are kept
+             loss='ftkit',         # of SFT, one of `LOSSES`: ours, TRL's, transformers', and that with logits kept
              answers=None,         # of grpo and ppo: how many are sampled at once; `batch` of them by default
              lora=None,            # options of `peft.LoraConfig`; rank 16 on every linear layer by default
              double_quant=True,    # quantise the scales of four bits, too

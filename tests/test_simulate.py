@@ -409,6 +409,32 @@ def test_trap_whose_loss_it_is():
     ours,plain,kept = (simulate(c, length=1024, loss=x).allocated for x in ('ftkit', 'plain', 'kept'))
     assert ours < .5*plain and plain < kept
 
+@pytest.mark.parametrize('method', ['full', 'lora'])
+def test_trls_loss(method):
+    "Is transformers', and makes the same allocations on real tensors, its kernels aside"
+    pytest.importorskip('trl')
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+    def model():
+        torch.manual_seed(0)
+        net = LlamaForCausalLM(config(vocab_size=40000, use_cache=False))
+        return net if method == 'full' else get_peft_model(net, LoraConfig(r=16, target_modules='all-linear'))
+    net,ids = model(),torch.randint(0, 40000, (2, 48))
+    plain = S._plain(net, ids)
+    from trl.trainer.utils import add_fused_lm_head
+    add_fused_lm_head(S._base_of(net))
+    assert abs(S._tiled(net, ids) - plain) < 1e-5
+    net,m = model(),meter(S._scratch())
+    optimizer = S._optimizer('adamw_torch_fused', [p for p in net.parameters() if p.requires_grad])
+    for t in [*net.parameters(), *net.buffers(), ids]: m.add(t)
+    with S._like_a_gpu(net, 'sdpa'), m, S._trls_loss(net):
+        for _ in range(2): S._step(m, net, optimizer, S._tiled, ids, nullcontext, True)
+    lora = None if method == 'full' else dict(r=16, target_modules='all-linear')
+    found = simulate(config(vocab_size=40000), method, 48, 2, dtype='fp32', loss='trl', lora=lora)
+    sizes = [[(e.phase, e.size) for e in some if e.n > 0 and e.phase != 'load'] for some in (m.events, found.events)]
+    assert sizes[0] == sizes[1]
+    assert ('forward', 94*2**15*4) in sizes[0] and ('backward', 94*2**15*4) in sizes[0] # a tile
+
 def test_trap_loading_leaves_holes():
     "A tied head of a quantised model, and weights that were in 16 bits before they were in 32"
     def names(**more):
