@@ -205,6 +205,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            loss:str='ftkit',       # ftkit's, TRL's (trl) or transformers' (plain)
            gpus:int=1,             # among which training is shared
            sharding:str='fsdp',    # how: fsdp, fsdp1 (with --loss plain), ddp, zero1, zero2 or zero3
+           packing:store_true=False, # do rows have several documents each?
            trace:store_true=False  # trace a step of the installed libraries, which takes seconds
           ):
     "Say what a training step of a model needs, on which GPUs it goes, and what to change where it does not"
@@ -214,7 +215,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
     config,shown = _model_config(model),None
     said = _set(method, r, targets, autocast, checkpointing, length=length, batch=batch, accumulation=accumulation,
                 objective=objective, dtype=dtype, attention=attention, optim=optim, loss=loss, answers=answers,
-                gpus=gpus, sharding=sharding, evaluation=evaluation)
+                gpus=gpus, sharding=sharding, evaluation=evaluation, packing=packing)
     for name in [gpu] if gpu else SHOWN:
         s = usual(name, **said)
         if s != shown: needs,shown = _needs(config, s, trace),s

@@ -307,7 +307,7 @@ def _net(c, s, batch, length, windowed):
     kept_in = s['autocast'] if s['autocast'] and _is_split(s) else s['dtype'] # by FSDP's mixed precision
     return Net(heads, c.get('num_key_value_heads') or heads, wide, batch, length, s['attention'],
                width=WIDTHS[kept_in], half=kept_in == 'fp16', entropy=s['objective'] in RL,
-               masked=s['attention'] in ('sdpa', 'efficient') and (windowed or s['objective'] != 'sft'),
+               masked=s['attention'] in ('sdpa', 'efficient') and (windowed or _brings(s)),
                style=family.get('style', 'llama'), norms=family.get('order', 'before'),
                normed=family.get('normed', ''), fused=family.get('fused', False), scaled=family.get('scaled', False),
                cap=bool(kind == 'gemma2' and c.get('attn_logit_softcapping')),
@@ -353,13 +353,18 @@ def _embedded(tape, c, net, table, full, checkpointing):
     if c['model_type'] == 'granite': return each(x, holds=not full)
     return each(x) if net.style == 'gemma' else x
 
-def _places(tape, net, objective, width):
+def _brings(s):
+    "Do rows bring positions and masks of their own?"
+    return s['objective'] != 'sft' or s['packing'] and s['back']
+
+def _places(tape, net, own, width):
     "Rotary embeddings, and a mask"
-    tokens = net.length if objective == 'sft' else net.batch*net.length
+    tokens = net.batch*net.length if own else net.length
     net.cos,net.sin = (tape.new((tokens, net.wide), 4 if net.style == 'olmo2' else width) for _ in range(2))
     if net.attention == 'eager' or net.masked: net.mask = tape.new(
         (net.batch, net.length, net.length), width if net.attention == 'eager' else 1)
 
+# %% ../nbs/06_memory.ipynb #101c47d7
 def _picked(x, n):
     "Some rows"
     shape = x.shape
@@ -387,7 +392,7 @@ def _through(tape, c, s, layers, windowed):
     if first: tape.piece = first.gather()
     unit = first if not tied else None
     x = embedded = left(_embedded(tape, c, net, table, full, s['checkpointing']), unit) # which the model holds on to
-    _places(tape, net, s['objective'], x.width)
+    _places(tape, net, _brings(s), x.width)
     for k in range(layers):
         tape.part = 'the first layer' if not k else 'the last layer' if k == layers-1 else 'a layer'
         own = _weights(tape, c, lora, width, other, full, s['method'] == 'qlora', wide)
@@ -511,6 +516,7 @@ def _asked(s):
     answers,held = (1 if s[n] is None else s[n] for n in ('answers', 'evaluation'))
     whole = all(type(n) is int for n in (*numbers, answers, held)) and min(answers, held) > 0
     if s['evaluation'] and s['objective'] in RL: raise FtkitError(f"{s['objective']} measures no loss on other rows")
+    if s['packing'] and s['objective'] != 'sft': raise FtkitError(f"packing: {s['objective']} packs no rows")
     if s['answers'] is not None and s['objective'] not in RL: raise FtkitError(f"{s['objective']} samples no answers")
     if not whole or length < 2 or min(batch, several, gpus) < 1 or workspace < 0: raise FtkitError(
         ', '.join(f'{n}={s[n]!r}' for n in (*names, 'answers', 'evaluation')) + ': must be whole numbers, large enough')
@@ -630,7 +636,8 @@ def estimate(model,                # as in `read_config`
              sharding='fsdp',      # how, with several: one of `SHARDINGS`
              accumulation=1,       # batches of a step: from the second on, gradients are there already
              evaluation=None,      # rows that go through at once when the loss on others is measured, between steps
-             workspace=WORKSPACE   # bytes that cuBLAS takes, twice
+             workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
+             packing=False         # of SFT: does a row have several documents, which must not see each other?
             ):                     # `Estimate`
     "The memory of a training step on a GPU, counted from a config; the arguments are those of `simulate`"
     asked = {k: v for k,v in locals().items() if k != 'model'}
@@ -670,7 +677,8 @@ def how(setting # of an `Estimate` or a `Simulation`
     sampled = f" ({s['answers'] or s['batch']} sampled at once)" if s['objective'] in RL else ''
     words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else sampled),
              *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
-             f"{s['batch']} x {s['length']:,} tokens" + f", {s['accumulation']} times"*(s['accumulation'] > 1),
+             f"{s['batch']} x {s['length']:,} tokens" + ' of packed documents'*s['packing']
+             + f", {s['accumulation']} times"*(s['accumulation'] > 1),
              *([f"{s['evaluation']} rows at once in an evaluation"] if s['evaluation'] else []),
              f"{s['dtype']} weights",
              f"autocast to {s['autocast']}" if s['autocast'] else 'no autocast', s['attention'],

@@ -191,6 +191,11 @@ def _windowed(make, *args, config=None, **kwargs):
     window = getattr(config, 'sliding_window', None) or rows.shape[1]
     return make(*args, config=config, **kwargs) if rows.shape[1] > window else _mask(**kwargs)
 
+def _own_mask(model, make, usual, own):
+    "Packed rows have masks of their own, but for an evaluation, which packs none"
+    return (lambda *args, **kwargs: (make if model.training else usual)(*args, **kwargs)) if own else usual
+
+# %% ../nbs/45_simulate.ipynb #3b549914
 def _attend(attend):
     "Attention that drops nothing, and makes all scores where no kernel takes shared keys in 32 bits"
     import torch
@@ -222,7 +227,7 @@ def _without_kernels(use):
 
 # %% ../nbs/45_simulate.ipynb #561a0115
 @contextmanager
-def _like_a_gpu(model, attention):
+def _like_a_gpu(model, attention, packing=False):
     "The choices that libraries make on CUDA"
     import torch
     from torch.nn import functional as F
@@ -239,6 +244,7 @@ def _like_a_gpu(model, attention):
         if q.shape[-1] > 256: raise ValueError(f'flash-attn takes heads of up to 256 numbers, not {q.shape[-1]}')
         q,k,v = (x.to(target_dtype or x.dtype).transpose(1, 2) for x in (q, k, v))
         return attend(q, k, v, None, 0., True, softmax_scale, q.shape[-3] != k.shape[-3]).transpose(1, 2)
+    own = packing and attention in ('sdpa', 'efficient')
     with ExitStack() as stack:
         use = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))
         _autocast_as_on_cuda(use), _without_kernels(use), use(F, 'softmax', fused), use(F, 'dropout', dropped)
@@ -250,10 +256,11 @@ def _like_a_gpu(model, attention):
                        if p in sys.modules):
             if attention == 'flash': use(module, '_flash_attention_forward', flash, create=True)
             for name,answer in answers.items():
-                if hasattr(module, name): use(module, name, answer)
+                if hasattr(module, name): use(
+                    module, name, _own_mask(model, getattr(module, name), answer, own))
             name = 'create_sliding_window_causal_mask'
             if attention in ('sdpa', 'efficient') and hasattr(module, name): use(
-                module, name, partial(_windowed, getattr(module, name)))
+                module, name, _own_mask(model, getattr(module, name), partial(_windowed, getattr(module, name)), own))
         yield
 
 # %% ../nbs/45_simulate.ipynb #dafb2c14
@@ -285,26 +292,26 @@ def _optimizer(name, params, model=None, m=None):
     return torch.optim.AdamW(params, foreach=name == 'adamw_torch', fused=name == 'adamw_torch_fused' or None)
 
 # %% ../nbs/45_simulate.ipynb #0d7ee28a
-def _plain(model, ids):
+def _plain(model, batch):
     "transformers' own loss, from all logits at once"
-    return model(input_ids=ids, labels=ids).loss
+    return model(**batch, labels=batch['input_ids']).loss
 
-def _kept(model, ids):
+def _kept(model, batch):
     "The same, by a caller that keeps the logits until the step is over"
-    out = model(input_ids=ids, labels=ids)
+    out = model(**batch, labels=batch['input_ids'])
     return out.loss, out
 
-def _own(model, ids):
+def _own(model, batch):
     "ftkit's, from a chunk of logits at a time; every token is trained"
     from ftkit.logps import hidden_states
-    head = _head(model, 'sft')
-    hidden = hidden_states(model, head, input_ids=ids)
+    head,ids = _head(model, 'sft'),batch['input_ids']
+    hidden = hidden_states(model, head, **batch)
     return -head.score(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).logps.mean()
 
 # %% ../nbs/45_simulate.ipynb #bf8637f7
-def _tiled(model, ids):
+def _tiled(model, batch):
     "TRL's, from a tile of logits at a time"
-    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    out = model(**batch, labels=batch['input_ids'], fused_lm_head=True)
     return -out.log_probs.sum()/out.label_mask.sum()
 
 LOSSES = dict(plain=_plain, kept=_kept, ftkit=_own, trl=_tiled)
@@ -796,10 +803,13 @@ def _traced(config):
     except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError, LookupError) as e: raise FtkitError(
         f'a {config.model_type} of this size cannot be traced: {e}'.split(chr(10))[0]) from e
 
-def _rows(objective, net, length, batch, attention):
-    "What goes through the model at once"
+def _columns(packing): return ['input_ids', 'position_ids'][:1+packing]
+
+def _rows(objective, net, length, batch, attention, packing=False):
+    "What goes through the model at once; packed rows say where each token stands in its document"
     import torch
-    if objective == 'sft': return torch.empty(batch, length, dtype=torch.long, device='meta')
+    if objective == 'sft': return {
+        name: torch.empty(batch, length, dtype=torch.long, device='meta') for name in _columns(packing)}
     if objective in RL: return _group(net, length, batch, attention)
     return _answers(objective, net, length, batch, attention)
 
@@ -854,6 +864,7 @@ def _check(objective, method, upcast, lora, gpus, answers, **setting):
                  sharding=SHARDINGS)
     _asked(known, **{name: setting[name] for name in known})
     _asked(dict(method=METHODS, objective=OBJECTIVES), method=method, objective=objective)
+    if setting['packing'] and objective != 'sft': raise FtkitError(f'packing: {objective} packs no rows')
     if answers is not None and objective not in RL: raise FtkitError(f'answers={answers}: {objective} samples none')
     if setting['reference'] == 'precomputed' and objective in RL: raise FtkitError(
         f"{objective} asks its reference about new answers: reference='adapter' or 'copy'")
@@ -891,7 +902,8 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              evaluation=None,      # rows that go through at once when the loss on others is measured, between steps
              clip=True,            # gradients
              workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
-             prepare=None          # function of the model to be trained (no copy of it) that puts other kernels in
+             prepare=None,         # function of the model to be trained (no copy of it) that puts other kernels in
+             packing=False         # of SFT: does a row have several documents, which must not see each other?
             ):                     # `Simulation`
     "The memory of training steps on a GPU, by making them on tensors without numbers"
     import torch
@@ -902,9 +914,9 @@ def simulate(model,                # a config of transformers, a folder or a Hub
     net,copy,how = _models(config, kind, setting)
     cast = lambda: torch.autocast('cpu', getattr(torch, DTYPES[autocast])) if autocast else nullcontext()
     m,rows = meter(_scratch(attention), _share(config), bool(prepare)),[
-        n and _rows(objective, net, length, n, attention) for n in (batch, evaluation)]
+        n and _rows(objective, net, length, n, attention, docs) for n,docs in ((batch, packing), (evaluation, False))]
     with _traced(config), _world(1 if sharding == 'ddp' else gpus, m) as mesh, FakeTensorMode(
-            allow_non_fake_inputs=True), _like_a_gpu(net, attention):
+            allow_non_fake_inputs=True), _like_a_gpu(net, attention, packing):
         copy,net,trained = _in_memory(m, mesh, copy, net, setting)
         events = _two_steps(m, net, copy, how, trained, rows, setting, cast)
     return Simulation(setting, events, m.kinds, config.get_text_config().vocab_size, workspace)

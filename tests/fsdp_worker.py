@@ -26,7 +26,7 @@ def allocations(net, mesh):
     for p in net.parameters(): m.add(S._mine(p)) # are there already
     optimizer = torch.optim.AdamW(trained, foreach=True)
     with S._like_a_gpu(net, 'sdpa'), S._followed(m), m:
-        for _ in range(2): S._step(m, net, optimizer, S._plain, ids, torch.enable_grad, True,
+        for _ in range(2): S._step(m, net, optimizer, S._plain, dict(input_ids=ids), torch.enable_grad, True,
                                    passes=int(os.environ['PASSES']))
         if mesh: saved(m, net)
         else: S._saved(m, net) # FSDP1 moves nothing from a CPU to a CPU
@@ -44,11 +44,11 @@ def gradients(net, mesh):
     import torch
     from ftkit import simulate as S
     ids = [torch.randint(0, 1000, (2, 40), generator=torch.Generator().manual_seed(k)) for k in range(2)]
-    sum(S._plain(net, i) for i in ids).div(2).backward()
+    sum(S._plain(net, dict(input_ids=i)) for i in ids).div(2).backward()
     alone = {n: p.grad.clone() for n,p in net.named_parameters() if p.requires_grad}
     net.zero_grad()
     S._shard(net, mesh, None)
-    S._own(net, ids[mesh.get_local_rank()]).backward()
+    S._own(net, dict(input_ids=ids[mesh.get_local_rank()])).backward()
     shared = {n: p.grad.full_tensor() for n,p in net.named_parameters() if p.requires_grad}
     return {n: float((shared[n] - g).norm()/g.norm()) for n,g in alone.items()}
 

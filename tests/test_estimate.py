@@ -65,7 +65,7 @@ def test_each_family_is_the_trace(kind):
     config = AutoConfig.for_model(kind, **shape | dict(head_dim=64, vocab_size=2003) | SHAPES[kind])
     few = dict(r=16, target_modules=['q_proj', 'v_proj']) if 'experts' in str(SHAPES[kind]) else None
     for s in (dict(method='full'), dict(method='full', checkpointing=True, loss='plain'), dict(lora=few),
-              dict(lora=few, loss='trl'),
+              dict(lora=few, loss='trl', packing=True),
               dict(lora=few, checkpointing=True, attention='flash'), dict(lora=few, attention='eager', loss='plain')):
         theirs = peaks(config, length=192, batch=2, **s)
         assert abs(estimate(config, length=192, batch=2, **s).allocated/theirs - 1) < .012, s
@@ -75,7 +75,8 @@ FEW = [dict(gpus=8, method='full', dtype='fp32', autocast='bf16', checkpointing=
        dict(gpus=2, method='qlora', autocast='bf16', checkpointing=True), dict(gpus=4, method='full', objective='dpo'),
        dict(gpus=4, method='full', objective='reward'), dict(gpus=4, objective='dpo', loss='ftkit'),
        dict(loss='trl', length=2500, dtype='fp32', autocast='bf16'), dict(loss='trl', gpus=4, method='full'),
-       dict(loss='trl', method='qlora', evaluation=16),
+       dict(loss='trl', method='qlora', evaluation=16), dict(packing=True, evaluation=16, checkpointing=True),
+       dict(packing=True, attention='flash'), dict(packing=True, gpus=4, method='full', loss='plain'),
        dict(gpus=3, method='full', sharding='ddp'), dict(gpus=2, sharding='ddp', checkpointing=True),
        dict(objective='grpo', method='full', reference='copy'), dict(objective='ppo', reference='adapter'),
        dict(objective='grpo', batch=5, checkpointing=True, answers=40), dict(objective='grpo', attention='flash'),

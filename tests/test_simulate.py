@@ -409,6 +409,17 @@ def test_trap_whose_loss_it_is():
     ours,plain,kept = (simulate(c, length=1024, loss=x).allocated for x in ('ftkit', 'plain', 'kept'))
     assert ours < .5*plain and plain < kept
 
+def real_step(net, batch, loss, **more):
+    "(phase, bytes) of what two real steps allocate"
+    m,trained = meter(S._scratch()),[p for p in net.parameters() if p.requires_grad]
+    optimizer = S._optimizer('adamw_torch_fused', trained)
+    for t in [*net.parameters(), *net.buffers(), *batch.values()]: m.add(t)
+    with S._like_a_gpu(net, 'sdpa', **more), m, S._trls_loss(net) if loss is S._tiled else nullcontext():
+        for _ in range(2): S._step(m, net, optimizer, loss, batch, nullcontext, True)
+    return sizes_of(m.events)
+
+def sizes_of(events): return [(e.phase, e.size) for e in events if e.n > 0 and e.phase != 'load' and e.size > 64]
+
 @pytest.mark.parametrize('method', ['full', 'lora'])
 def test_trls_loss(method):
     "Is transformers', and makes the same allocations on real tensors, its kernels aside"
@@ -419,21 +430,30 @@ def test_trls_loss(method):
         torch.manual_seed(0)
         net = LlamaForCausalLM(config(vocab_size=40000, use_cache=False))
         return net if method == 'full' else get_peft_model(net, LoraConfig(r=16, target_modules='all-linear'))
-    net,ids = model(),torch.randint(0, 40000, (2, 48))
-    plain = S._plain(net, ids)
+    net,batch = model(),dict(input_ids=torch.randint(0, 40000, (2, 48)))
+    plain = S._plain(net, batch)
     from trl.trainer.utils import add_fused_lm_head
     add_fused_lm_head(S._base_of(net))
-    assert abs(S._tiled(net, ids) - plain) < 1e-5
-    net,m = model(),meter(S._scratch())
-    optimizer = S._optimizer('adamw_torch_fused', [p for p in net.parameters() if p.requires_grad])
-    for t in [*net.parameters(), *net.buffers(), ids]: m.add(t)
-    with S._like_a_gpu(net, 'sdpa'), m, S._trls_loss(net):
-        for _ in range(2): S._step(m, net, optimizer, S._tiled, ids, nullcontext, True)
+    assert abs(S._tiled(net, batch) - plain) < 1e-5
     lora = None if method == 'full' else dict(r=16, target_modules='all-linear')
-    found = simulate(config(vocab_size=40000), method, 48, 2, dtype='fp32', loss='trl', lora=lora)
-    sizes = [[(e.phase, e.size) for e in some if e.n > 0 and e.phase != 'load'] for some in (m.events, found.events)]
-    assert sizes[0] == sizes[1]
-    assert ('forward', 94*2**15*4) in sizes[0] and ('backward', 94*2**15*4) in sizes[0] # a tile
+    found = simulate(config(vocab_size=40000), method, 48, 2, dtype='fp32', loss='trl', lora=lora).events
+    real,tile = real_step(model(), batch, S._tiled),94*2**15*4
+    assert real == sizes_of(found) and {('forward', tile), ('backward', tile)} <= {*real}
+
+@pytest.mark.parametrize('kind', ['llama', 'gemma3_text'])
+def test_packed_rows(kind):
+    "Their masks are those that real rows of two documents have; a row of one has none"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = AutoConfig.for_model(kind, **SHAPE | dict(head_dim=16, sliding_window=20, use_cache=False, pad_token_id=0))
+    net = AutoModelForCausalLM.from_config(shape, attn_implementation='sdpa').float().train()
+    places = torch.cat([torch.arange(40), torch.arange(24)])
+    batch = dict(input_ids=torch.zeros(2, 64).long(), position_ids=places.expand(2, 64).contiguous())
+    found,apart = (sizes_of(simulate(shape, 'full', 64, 2, 'fp32', loss='plain', packing=p).events)
+                   for p in (True, False))
+    assert found == real_step(net, batch, S._plain, packing=True)
+    copy = 'forward', 2*64*64*4 # of a mask, in each of two layers, in two steps; windows have one in any case
+    assert found.count(copy) - apart.count(copy) == (4 if kind == 'llama' else 0)
+    with pytest.raises(FtkitError, match='packing: dpo packs no rows'): simulate(shape, objective='dpo', packing=True)
 
 def test_trap_loading_leaves_holes():
     "A tied head of a quantised model, and weights that were in 16 bits before they were in 32"
