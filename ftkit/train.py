@@ -392,6 +392,8 @@ def _setting(trainer, objective):
                  objective=objective, checkpointing=bool(model.is_gradient_checkpointing))
     if args.world_size == 1: found['accumulation'] = args.gradient_accumulation_steps
     if trainer.eval_dataset is not None: found['evaluation'] = held
+    columns = getattr(getattr(trainer, 'train_dataset', None), 'column_names', None)
+    if 'position_ids' in (columns or ()): found['packing'] = True
     if attention: found['attention'] = attention
     layers = sorted({n.split('.')[-1] for n in adapter.target_modules}) if adapter else None
     if adapter: found['lora'] = dict(r=adapter.r, target_modules=layers)

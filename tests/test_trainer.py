@@ -128,15 +128,16 @@ def test_no_memory_left(tmp_path, monkeypatch, objective):
     from ftkit import memory, train as module
     class Full(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory')
-    def failed(adapter=None):
+    def failed(adapter=None, **more):
         with pytest.raises(FtkitError) as e: run(tmp_path, objective, adapter, max_steps=2, callbacks=[Full()],
-                                                 overwrite=True)
+                                                 overwrite=True, **more)
         return str(e.value)
     monkeypatch.setattr(module, '_capacity', lambda: 2**29 + 2**20)
     said = failed()
     assert 'not enough memory for' in said and f'full, {objective}' in said and 'does not fit' in said
     assert 'gradient checkpointing' in said or 'rows of' in said
     assert 'lora of rank' in failed('lora')
+    if objective == 'sft': assert 'of packed documents' in failed(packing=True, max_length=64)
     monkeypatch.setattr(memory, 'FAMILIES', {})
     assert 'gradient_checkpointing=True' in failed()
 
