@@ -313,9 +313,9 @@ def without(monkeypatch, *names):
     "Libraries choose as on a CPU, in these respects"
     whole = S._like_a_gpu
     @contextmanager
-    def partly(model, attention):
+    def partly(model, attention, *more):
         kept = [(where, name, getattr(where, name)) for name,where in names]
-        with whole(model, attention), pytest.MonkeyPatch.context() as m:
+        with whole(model, attention, *more), pytest.MonkeyPatch.context() as m:
             for where,name,value in kept: m.setattr(where, name, value)
             yield
     monkeypatch.setattr(S, '_like_a_gpu', partly)
