@@ -778,11 +778,16 @@ def fits(needs,    # an `Estimate`, or a `Simulation`
 
 # %% ../nbs/06_memory.ipynb #41a2a8ce
 ADAMW = 'adamw_torch', 'adamw_torch_fused'
+
+def _flash_goes(s, gpu): return str(gpu).lower() not in OLD and 'fp32' != (s['autocast'] or s['dtype'])
+
 CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in the order of what it costs
     ("a chunk of logits at a time",
      lambda s, gpu: s['objective'] == 'sft' and s['loss'] != 'ftkit' and dict(loss='ftkit')),
     ("a fused step", lambda s, gpu: s['optim'] == 'adamw_torch' and dict(optim='adamw_torch_fused')),
     ("no scores of all heads", lambda s, gpu: s['attention'] == 'eager' and dict(attention=usual(gpu)['attention'])),
+    ("flash-attn, which needs no masks of packed rows",
+     lambda s, gpu: s['packing'] and s['attention'] == 'sdpa' and _flash_goes(s, gpu) and dict(attention='flash')),
     ("the adapter switched off as the reference",
      lambda s, gpu: s['method'] != 'full' and s['reference'] == 'copy' and dict(reference='adapter')),
     ("the reference ahead of time", lambda s, gpu: s['objective'] in KINDS and s['method'] == 'full'
@@ -792,6 +797,7 @@ CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in t
     ("rows one by one, with accumulation", lambda s, gpu: s['gpus'] == 1 and s['batch'] > 1 and dict(
         batch=1, accumulation=s['batch']*s['accumulation'])),
     ("rows one by one", lambda s, gpu: s['gpus'] > 1 and s['batch'] > 1 and dict(batch=1)),
+    ("rows that are not packed", lambda s, gpu: s['packing'] and s['attention'] != 'flash' and dict(packing=False)),
     ("as many rows in an evaluation as in a step",
      lambda s, gpu: (s['evaluation'] or 0) > s['batch'] and dict(evaluation=s['batch'])),
     ("fewer answers at once", lambda s, gpu: (s['answers'] or 1) > 1 and dict(answers=1)),

@@ -803,13 +803,12 @@ def _traced(config):
     except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError, LookupError) as e: raise FtkitError(
         f'a {config.model_type} of this size cannot be traced: {e}'.split(chr(10))[0]) from e
 
-def _columns(packing): return ['input_ids', 'position_ids'][:1+packing]
-
 def _rows(objective, net, length, batch, attention, packing=False):
     "What goes through the model at once; packed rows say where each token stands in its document"
     import torch
-    if objective == 'sft': return {
-        name: torch.empty(batch, length, dtype=torch.long, device='meta') for name in _columns(packing)}
+    if objective == 'sft':
+        names = ('input_ids', 'position_ids') if packing else ('input_ids',)
+        return {name: torch.empty(batch, length, dtype=torch.long, device='meta') for name in names}
     if objective in RL: return _group(net, length, batch, attention)
     return _answers(objective, net, length, batch, attention)
 
