@@ -865,17 +865,19 @@ def to_fit(model,      # as in `read_config`
         first = f'rows of {rows:,} tokens fit; what saves something with these rows, and is not enough:'
     return [first, *(f'  {change}' for change in found)]
 
-def corrected(needs,   # `Estimate`
-              measured # bytes that a step had in use: `torch.cuda.max_memory_allocated`
-             ):        # `Estimate`
+def corrected(needs,    # `Estimate` of the step that was measured
+              measured, # bytes it had in use: `torch.cuda.max_memory_allocated`
+              of=None   # `Estimate` of another step, such as one of longer rows; of the same one by default
+             ):         # `Estimate`
     "What is not there all the time, as much more or less as one step has shown"
     stays = {'weights', 'adapter', 'states', 'gradients', 'reference', 'workspace', 'engine'}
     fixed = sum(n for k,n in needs.at_peak.items() if k in stays)
     if type(measured) is not int or measured < fixed: raise FtkitError(
         f'measured={measured}: less than what is there all the time, {fixed:,} bytes: was it a step of this model?')
     share = (measured-fixed)/max(1, needs.allocated-fixed)
-    return replace(needs, phases={phase: {k: n if k in stays else int(n*share) for k,n in kinds.items()}
-                                  for phase,kinds in needs.phases.items()})
+    of = of or needs
+    return replace(of, phases={phase: {k: n if k in stays else int(n*share) for k,n in kinds.items()}
+                               for phase,kinds in of.phases.items()})
 
 # %% ../nbs/06_memory.ipynb #018dc82f
 def largest(model,         # as in `read_config`

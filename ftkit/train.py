@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from .core import Device, FtkitError, no_bars
 from .hparams import recommend
@@ -373,10 +374,10 @@ def _as_in_a_step(rows, width, share, training):
     if rows == 1: return 1, max(2, round(width/share)), max(1, round(share)) # several in one
     return max(1, round(rows/share)), width, rows
 
-def _setting(trainer, objective):
-    "Of a run, as `ftkit.memory.estimate` takes it"
+def _setting(trainer, objective, shape=None):
+    "Of a run, as `ftkit.memory.estimate` takes it; of its last batch, or one of another shape"
     import torch
-    model,args,(rows,width) = trainer.accelerator.unwrap_model(trainer.model),trainer.args,trainer.shape
+    model,args,(rows,width) = trainer.accelerator.unwrap_model(trainer.model),trainer.args,shape or trainer.shape
     adapter = next(iter(getattr(model, 'peft_config', {}).values()), None)
     four = getattr(model, 'is_loaded_in_4bit', False)
     floats = [p for p in model.parameters() if p.is_floating_point() and (not adapter or not p.requires_grad)]
@@ -427,6 +428,48 @@ def _why_no_memory(trainer, objective):
         said = [first, 'gradient_checkpointing=True, or a smaller per_device_train_batch_size with '
                 'gradient_accumulation_steps, takes less']
     return '\n'.join(said)
+
+# %% ../nbs/40_train.ipynb #1a03c931
+def _in_use():
+    "The most bytes of a GPU that have been in use; None without one"
+    import torch
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+def _longest(ds):
+    "Tokens of the longest row that SFT has; 0 where that is not known"
+    import pyarrow.compute as pc
+    if not hasattr(ds, '__len__') or 'input_ids' not in ds.column_names: return 0
+    parts = ds.select_columns('input_ids').with_format('arrow').iter(10_000)
+    return max(pc.max(pc.list_value_length(part['input_ids'])).as_py() for part in parts)
+
+def _compared(trainer, objective, shape, measured):
+    "What steps of a shape took, what was counted, and what the longest rows will take, of which there is a warning"
+    from ftkit.memory import corrected, estimate, fits, to_fit
+    config,there = trainer.accelerator.unwrap_model(trainer.model).config,_capacity()
+    try:
+        s = _setting(trainer, objective, shape) | dict(evaluation=None)
+        long = s | dict(length=max(s['length'], _longest(trainer.train_dataset)))
+        counted = estimate(config, **s)
+        most = corrected(counted, measured, estimate(config, **long))
+    except (FtkitError, TypeError, AttributeError): return dict(measured=measured) # what is not counted
+    if not (fit := fits(most, there)): warnings.warn('\n'.join([
+        f"rows of {long['length']:,} tokens, the longest, will not fit: {fit!r}", *to_fit(config, there, **long)]))
+    return dict(measured=measured, counted=counted.allocated, longest=most.allocated)
+
+# %% ../nbs/40_train.ipynb #8aedc166
+def _measures(trainer, record):
+    "A callback that looks at the first two steps, of the first of several processes"
+    from transformers import TrainerCallback
+
+    class Measures(TrainerCallback):
+        shape,steps = (0, 0),0
+        def on_substep_end(self, *args, **kwargs): self.shape = max(self.shape, trainer.shape or (0, 0), key=prod)
+        def on_step_end(self, args, state, control, **kwargs):
+            self.on_substep_end()
+            self.steps += state.is_world_process_zero
+            if self.steps == 2 and _in_use(): record.found['memory'] = _compared(
+                trainer, record.found['objective'], self.shape, _in_use())
+    return Measures()
 
 # %% ../nbs/40_train.ipynb #d2c614e8
 def _with_reference(trainer, data, eval_data, precision):
@@ -499,6 +542,7 @@ def _written_run(trainer, out, checkpoint, record, tok):
     if first and not checkpoint: _remove(run_files(out))
     out.mkdir(parents=True, exist_ok=True)
     wait()
+    if isinstance(trainer, _Sums): trainer.add_callback(_measures(trainer, record))
     _run(trainer, checkpoint, record)
     if first: save(trainer.model, tok, out/'adapter')
     record.write(finished=True)

@@ -1,5 +1,5 @@
 "The trainer when things go wrong: losses that are not finite, early stops, kills; and records, precision, real pairs"
-import os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 import pytest, torch
 from ftkit.core import FtkitError
 from ftkit.objectives import OBJECTIVES
@@ -140,6 +140,32 @@ def test_no_memory_left(tmp_path, monkeypatch, objective):
     if objective == 'sft': assert 'of packed documents' in failed(packing=True, max_length=64)
     monkeypatch.setattr(memory, 'FAMILIES', {})
     assert 'gradient_checkpointing=True' in failed()
+
+def test_the_first_steps_correct_what_was_counted(tmp_path, monkeypatch, recwarn):
+    "And tell whether the longest rows will fit: in a stub's bytes, as there is no GPU"
+    from ftkit import memory, train as module
+    def said(text): return [dict(role='user', content='Say it.'), dict(role='assistant', content=text)]
+    rows = [dict(messages=said('yes '*(1 + 60*(k == 7)))) for k in range(64)]
+    def found(measured, capacity=2**34, objective='sft', **more):
+        monkeypatch.setattr(module, '_in_use', lambda: measured)
+        monkeypatch.setattr(module, '_capacity', lambda: capacity)
+        recwarn.clear()
+        record = run(tmp_path, objective, max_steps=3, overwrite=True, per_device_train_batch_size=2, **more).record
+        return record.get('memory'), [str(w.message) for w in recwarn if 'the longest' in str(w.message)]
+    assert found(None, data=rows) == (None, [])
+    first,said = found(2**28, data=rows)
+    assert first['measured'] == 2**28 < first['longest'] and said == []
+    _,(said,) = found(2**28, 2**29 + 2**28 + 2**20, data=rows)
+    assert 'tokens, the longest, will not fit' in said and 'does not fit' in said
+    right,_ = found(first['counted'], data=rows) # what was counted was right: nothing to correct
+    long = int(re.match(r'rows of (\d+)', said)[1])
+    config,options = start()[0].config,dict(method='full', dtype='fp32', batch=2, optim='adamw_torch_fused')
+    assert right['longest'] == memory.estimate(config, length=long, **options).allocated > right['counted']
+    once,_ = found(2**28, data=rows, gradient_accumulation_steps=2)
+    assert once['counted'] > first['counted'] # the gradients of the batch before
+    assert found(2**28, objective='dpo')[0]['longest'] == pytest.approx(2**28, abs=1000)
+    monkeypatch.setattr(memory, 'FAMILIES', {})
+    assert found(2**28, data=rows) == (dict(measured=2**28), [])
 
 def test_twice_the_rows_are_evaluated():
     "Of a step, where nothing else is said; what is no number is left to `TrainingArguments`"
