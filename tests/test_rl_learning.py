@@ -23,8 +23,9 @@ def taught(tmp_path_factory):
     return found.path, right(model, tok)
 
 def case(algorithm, seed, gain, **more):
-    "One seed of each in every run of the tests, the others with `-m slow`"
-    return pytest.param(algorithm, seed, gain, more, id=f'{algorithm} {seed}', marks=[pytest.mark.slow]*(seed > 1))
+    "One seed in every run of the tests, the others with `-m slow`; PPO, which is slow, learns on the page of the loop"
+    late = [pytest.mark.slow]*(seed > 1 or algorithm == 'ppo')
+    return pytest.param(algorithm, seed, gain, more, id=f'{algorithm} {seed}', marks=late)
 
 PPO = dict(steps=120, prompts_per_step=128, learning_rate=5e-4)
 
