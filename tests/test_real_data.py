@@ -1,6 +1,6 @@
 "The command line on real data and a real base model that has never seen a chat token; and when it is killed"
 import signal, time
-import pytest, torch
+import torch
 from ftkit.train import last_checkpoint, read_log
 
 FILES = {'gsm8k_train.jsonl': ('--mapping', 'instruction=question,output=answer'), 'alpaca_5000.part.jsonl': ()}
