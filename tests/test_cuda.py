@@ -5,6 +5,7 @@ from ftkit.models import load_model, load_tokenizer, load_tuned
 from ftkit.tasks import rows
 from ftkit.train import train
 from test_objectives import ANSWERED, CASES, column, run, test_every_step_equals_trls as parity
+from test_rl_learning import PPO, taught, test_more_held_out_tasks_are_solved as learns # noqa: F401
 
 pytestmark = pytest.mark.cuda
 
@@ -54,3 +55,8 @@ def test_fp16_scales_its_gradients(tmp_path, monkeypatch):
 def test_the_record_has_the_gpus_peak(tmp_path, engine):
     found = run(tmp_path, 'dpo', 'lora', max_steps=2, engine=engine)
     assert found.record['hardware']['kind'] == 'cuda' and 2**16 < found.record['peak_memory'] < 2**32
+
+@pytest.mark.parametrize('algorithm,gain,more', [('grpo', .25, dict(steps=200)), ('rloo', .15, dict(steps=120)),
+                                                 ('ppo', .15, PPO)])
+def test_rewards_are_learned_from_here_too(taught, tmp_path, algorithm, gain, more): # noqa: F811
+    learns(taught, tmp_path, algorithm, 1, gain, more)
