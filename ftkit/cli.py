@@ -205,7 +205,7 @@ def memory(model:str,              # folder, Hub id, or "embedded"
            loss:str='ftkit',       # ftkit's, TRL's (trl) or transformers' (plain)
            gpus:int=1,             # among which training is shared
            sharding:str='fsdp',    # how: fsdp, fsdp1 (with --loss plain), ddp, zero1, zero2 or zero3
-           packing:store_true=False, # do rows have several documents each?
+           packing:store_true=False, # do rows have masks, as several documents in one need them, or padding?
            trace:store_true=False  # trace a step of the installed libraries, which takes seconds
           ):
     "Say what a training step of a model needs, on which GPUs it goes, and what to change where it does not"

@@ -14,11 +14,11 @@ __all__ = ['FAMILIES', 'WIDTHS', 'EIGHT', 'OPTIMS', 'METHODS', 'OBJECTIVES', 'RL
            'WORKSPACE', 'MARGIN', 'ZEROS', 'UNITS', 'SHARDINGS', 'BUCKET', 'OLD', 'HOPPER', 'ENGINE', 'GPUS', 'CONTEXT',
            'STREAMS', 'ADAMW', 'CHANGES', 'FILE', 'NotCounted', 'Part', 'read_config', 'parts', 'nf4_bytes',
            'weight_bytes', 'adapter_parts', 'state_bytes', 'Kept', 'kept', 'Estimate', 'estimate', 'usual', 'how',
-           'serving', 'colocated', 'Fit', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'largest', 'stored',
-           'host']
+           'serving', 'colocated', 'Fit', 'known_as', 'fits', 'Change', 'changes', 'to_fit', 'corrected', 'largest',
+           'stored', 'host']
 
 # %% ../nbs/06_memory.ipynb #5a9875f6
-import json
+import json, re
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -637,7 +637,7 @@ def estimate(model,                # as in `read_config`
              accumulation=1,       # batches of a step: from the second on, gradients are there already
              evaluation=None,      # rows that go through at once when the loss on others is measured, between steps
              workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
-             packing=False         # of SFT: does a row have several documents, which must not see each other?
+             packing=False         # of SFT: do rows have masks, as several documents in one need them, or padding?
             ):                     # `Estimate`
     "The memory of a training step on a GPU, counted from a config; the arguments are those of `simulate`"
     asked = {k: v for k,v in locals().items() if k != 'model'}
@@ -667,6 +667,7 @@ def usual(gpu=None,      # a key of `GPUS`
     dtype = said.get('dtype', 'fp32' if method == 'full' else half)
     found = dict(method=method, dtype=dtype, autocast=dtype if dtype in ('fp16', 'bf16') else half,
                  attention='efficient' if name in OLD else 'sdpa', checkpointing=method == 'qlora')
+    if method == 'full' and said.get('objective') in KINDS: found['reference'] = 'precomputed'
     return found | (dict(workspace=2**25) if name in HOPPER else {}) | said
 
 def how(setting # of an `Estimate` or a `Simulation`
@@ -677,7 +678,7 @@ def how(setting # of an `Estimate` or a `Simulation`
     sampled = f" ({s['answers'] or s['batch']} sampled at once)" if s['objective'] in RL else ''
     words = [s['method'] + adapter, s['objective'] + (f" ({s['loss']} loss)" if s['objective'] == 'sft' else sampled),
              *([f"{s['gpus']} GPUs ({s['sharding']})"] if s['gpus'] > 1 else []),
-             f"{s['batch']} x {s['length']:,} tokens" + ' of packed documents'*s['packing']
+             f"{s['batch']} x {s['length']:,} tokens" + ' with masks'*s['packing']
              + f", {s['accumulation']} times"*(s['accumulation'] > 1),
              *([f"{s['evaluation']} rows at once in an evaluation"] if s['evaluation'] else []),
              f"{s['dtype']} weights",
@@ -755,6 +756,14 @@ def _gpu(gpu):
         f"gpu '{gpu}' is unknown: use one of {', '.join(GPUS)}, or bytes")
     return name, int(GPUS[name]*2**30), CONTEXT.get(name, 2**29)
 
+def known_as(name,    # of a device, as `torch.cuda.get_device_name` gives it
+             capacity # its bytes
+            ):        # a key of `GPUS`, or the bytes
+    "The GPU that a device is, for `fits`; a part of one, or one that is not known, is its bytes"
+    words = re.split('[^a-z0-9]+', name.lower())
+    near = [key for key in GPUS if key.split('-')[0] in words and abs(GPUS[key]*2**30/capacity - 1) < .03]
+    return near[0] if near else capacity
+
 # %% ../nbs/06_memory.ipynb #36e57454
 def _hint(name, verdict, setting):
     asked = {setting[n] for n in ('dtype', 'autocast', 'attention')}
@@ -786,7 +795,7 @@ CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in t
      lambda s, gpu: s['objective'] == 'sft' and s['loss'] != 'ftkit' and dict(loss='ftkit')),
     ("a fused step", lambda s, gpu: s['optim'] == 'adamw_torch' and dict(optim='adamw_torch_fused')),
     ("no scores of all heads", lambda s, gpu: s['attention'] == 'eager' and dict(attention=usual(gpu)['attention'])),
-    ("flash-attn, which needs no masks of packed rows",
+    ("flash-attn, which needs no masks of packed or padded rows",
      lambda s, gpu: s['packing'] and s['attention'] == 'sdpa' and _flash_goes(s, gpu) and dict(attention='flash')),
     ("the adapter switched off as the reference",
      lambda s, gpu: s['method'] != 'full' and s['reference'] == 'copy' and dict(reference='adapter')),
@@ -797,7 +806,8 @@ CHANGES = [ # (what it is, of a setting on a GPU: what to set, or nothing), in t
     ("rows one by one, with accumulation", lambda s, gpu: s['gpus'] == 1 and s['batch'] > 1 and dict(
         batch=1, accumulation=s['batch']*s['accumulation'])),
     ("rows one by one", lambda s, gpu: s['gpus'] > 1 and s['batch'] > 1 and dict(batch=1)),
-    ("rows that are not packed", lambda s, gpu: s['packing'] and s['attention'] != 'flash' and dict(packing=False)),
+    ("rows without masks, neither packed nor padded",
+     lambda s, gpu: s['packing'] and s['attention'] != 'flash' and dict(packing=False)),
     ("as many rows in an evaluation as in a step",
      lambda s, gpu: (s['evaluation'] or 0) > s['batch'] and dict(evaluation=s['batch'])),
     ("fewer answers at once", lambda s, gpu: (s['answers'] or 1) > 1 and dict(answers=1)),
@@ -869,13 +879,16 @@ def corrected(needs,    # `Estimate` of the step that was measured
               measured, # bytes it had in use: `torch.cuda.max_memory_allocated`
               of=None   # `Estimate` of another step, such as one of longer rows; of the same one by default
              ):         # `Estimate`
-    "What is not there all the time, as much more or less as one step has shown"
+    """What is not there all the time, as much more or less as one step has shown
+
+    Where that would be more than twice as much, something else is in memory, and stays there."""
     stays = {'weights', 'adapter', 'states', 'gradients', 'reference', 'workspace', 'engine'}
     fixed = sum(n for k,n in needs.at_peak.items() if k in stays)
     if type(measured) is not int or measured < fixed: raise FtkitError(
         f'measured={measured}: less than what is there all the time, {fixed:,} bytes: was it a step of this model?')
-    share = (measured-fixed)/max(1, needs.allocated-fixed)
-    of = of or needs
+    of,comes,more = of or needs,needs.allocated-fixed,measured-needs.allocated
+    if more > comes: return replace(of, phases={p: kinds | dict(other=more) for p,kinds in of.phases.items()})
+    share = (measured-fixed)/max(1, comes)
     return replace(of, phases={phase: {k: n if k in stays else int(n*share) for k,n in kinds.items()}
                                for phase,kinds in of.phases.items()})
 

@@ -737,8 +737,10 @@ def _config(model):
     from transformers import AutoConfig
     if hasattr(model, 'get_text_config'): return model.__class__.from_dict(model.to_dict())
     try: return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as e: raise FtkitError(
-        f'{model}: no config that transformers can read ({str(e).splitlines()[0]})') from e
+    except Exception as e: raise FtkitError( # anything may be in a file, and stop transformers in its own way
+        f'{model}: no config that transformers can read ({_said(e)})') from e
+
+def _said(e): return ' '.join(str(e).split())[:200] or type(e).__name__
 
 def _asked(known, **options):
     for name,value in options.items():
@@ -777,8 +779,8 @@ def _models(config, kind, asked):
     try:
         net = _built(config, kind, asked, scores)
         copy = _base(config, kind, asked['attention'], False).requires_grad_(False).eval() if how == 'copy' else None
-    except (ValueError, AssertionError, NotImplementedError, AttributeError, TypeError) as e: raise FtkitError(
-        f'a {config.model_type} of this config cannot be built: {e}'.split(chr(10))[0]) from e
+    except FtkitError: raise
+    except Exception as e: raise FtkitError(f'a {config.model_type} of this config cannot be built: {_said(e)}') from e
     return net, copy, how
 
 # %% ../nbs/45_simulate.ipynb #c8bfe4dc
@@ -800,8 +802,8 @@ def _fake(x, m):
 def _traced(config):
     "What PyTorch cannot trace is named"
     try: yield
-    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError, LookupError) as e: raise FtkitError(
-        f'a {config.model_type} of this size cannot be traced: {e}'.split(chr(10))[0]) from e
+    except FtkitError: raise
+    except Exception as e: raise FtkitError(f'a {config.model_type} of this size cannot be traced: {_said(e)}') from e
 
 def _rows(objective, net, length, batch, attention, packing=False):
     "What goes through the model at once; packed rows say where each token stands in its document"
@@ -902,7 +904,7 @@ def simulate(model,                # a config of transformers, a folder or a Hub
              clip=True,            # gradients
              workspace=WORKSPACE,  # bytes that cuBLAS takes, twice
              prepare=None,         # function of the model to be trained (no copy of it) that puts other kernels in
-             packing=False         # of SFT: does a row have several documents, which must not see each other?
+             packing=False         # of SFT: do rows have masks, as several documents in one need them, or padding?
             ):                     # `Simulation`
     "The memory of training steps on a GPU, by making them on tensors without numbers"
     import torch

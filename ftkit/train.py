@@ -112,6 +112,7 @@ def _trainer(objective, loss, reference, *args, **kwargs):
     class ObjectiveTrainer(_Sums, Trainer):
         def __init__(self, *args, **kwargs):
             self.head,self.reference,self.tokens,self.sums,self.shape = None,reference,0,dict(train={}, eval={}),None
+            self.how,self.counted = reference and reference.how,None # what steps were counted to take, and took
             super().__init__(*args, **kwargs)
             if reference and reference.how == 'copy': reference.model.to(self.args.device)
 
@@ -271,7 +272,7 @@ class _Record:
         import torch
         model = trainer.model
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        self.file,self.trainer,self.start,self.earlier = out/'run.json',trainer,time.time(),earlier
+        self.file,self.trainer,self.start,self.earlier,self.most = out/'run.json',trainer,time.time(),earlier,0
         self.found = settings | dict(model=getattr(model, 'ftkit', {}) | dict(kind=type(model).__name__),
             seed=trainer.args.seed, eval_data=_data_record(eval_data), versions=_versions(),
             hardware=asdict(Device.detect()) | dict(processes=trainer.args.world_size, cpus=os.cpu_count()))
@@ -285,7 +286,8 @@ class _Record:
         seconds = time.time()-self.start + self.earlier.get('seconds', 0)
         took = dict(step=state.global_step, steps=state.max_steps, finished=finished, seconds=round(seconds, 1),
                     tokens=tokens or None, tokens_per_second=round(tokens/max(seconds, 1e-9)) or None,
-                    peak_memory=_peak(), best_checkpoint=state.best_model_checkpoint, best_metric=state.best_metric)
+                    peak_memory=_peak() and max(_peak(), self.most), best_checkpoint=state.best_model_checkpoint,
+                    best_metric=state.best_metric)
         text = json.dumps(self.found | took, indent=1, default=str)
         if trainer.is_world_process_zero(): _write_whole(self.file, text)
 
@@ -374,6 +376,31 @@ def _as_in_a_step(rows, width, share, training):
     if rows == 1: return 1, max(2, round(width/share)), max(1, round(share)) # several in one
     return max(1, round(rows/share)), width, rows
 
+def _half_answers(objective, batch, tokens, config):
+    "Tokens of a row that is half prompt, half answer, of which a batch has about so many tokens"
+    from ftkit.memory import _rows
+    attention = 'flash' if config._attn_implementation == 'flash_attention_2' else 'sdpa'
+    low,high = 2,max(3, int(tokens))
+    while high-low > 1:
+        mid = (low+high)//2
+        rows,width,_ = _rows(objective, batch, mid, attention, config.hidden_size)
+        low,high = (mid, high) if rows*width <= tokens else (low, mid)
+    return low
+
+# %% ../nbs/40_train.ipynb #6982a5d0
+def _of_the_card(model):
+    "The kind of attention, and what cuBLAS takes on Hopper"
+    import torch
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 8
+    said = dict(flash_attention_2='flash', eager='eager').get(model.config._attn_implementation)
+    return dict(attention=said or ('efficient' if major < 8 else 'sdpa')) | (dict(workspace=2**25) if major > 8 else {})
+
+def _of_adapter(adapter):
+    if not adapter: return {}
+    layers = sorted({n.split('.')[-1] for n in adapter.target_modules})
+    return dict(lora=dict(r=adapter.r, target_modules=layers, use_dora=adapter.use_dora))
+
+# %% ../nbs/40_train.ipynb #ab3c83db
 def _setting(trainer, objective, shape=None):
     "Of a run, as `ftkit.memory.estimate` takes it; of its last batch, or one of another shape"
     import torch
@@ -382,29 +409,26 @@ def _setting(trainer, objective, shape=None):
     four = getattr(model, 'is_loaded_in_4bit', False)
     floats = [p for p in model.parameters() if p.is_floating_point() and (not adapter or not p.requires_grad)]
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}.get(floats[0].dtype, 'fp32')
-    attention = dict(flash_attention_2='flash', eager='eager').get(model.config._attn_implementation)
     n,share = args.per_device_train_batch_size,args.per_device_eval_batch_size/args.per_device_train_batch_size
     batch,length,held = _as_in_a_step(rows, width, share, model.training)
-    if objective != 'sft': # a prompt and two answers, alike
-        length = max(2, round(rows*width*2/(3*n*(1 if model.training else share))))
-        batch,held = n,args.per_device_eval_batch_size
+    if objective != 'sft': batch,length,held = n,_half_answers(
+        objective, n, rows*width/(1 if model.training else share), model.config),args.per_device_eval_batch_size
     found = dict(method='full' if not adapter else 'qlora' if four else 'lora', dtype=kind, batch=batch, length=length,
                  autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None, optim=str(args.optim.value),
-                 objective=objective, checkpointing=bool(model.is_gradient_checkpointing))
-    if args.world_size == 1: found['accumulation'] = args.gradient_accumulation_steps
+                 objective=objective, checkpointing=bool(model.is_gradient_checkpointing), gpus=args.world_size,
+                 sharding='ddp', accumulation=args.gradient_accumulation_steps, reference=trainer.how)
     if trainer.eval_dataset is not None: found['evaluation'] = held
-    columns = getattr(getattr(trainer, 'train_dataset', None), 'column_names', None)
-    if 'position_ids' in (columns or ()): found['packing'] = True
-    if attention: found['attention'] = attention
-    layers = sorted({n.split('.')[-1] for n in adapter.target_modules}) if adapter else None
-    if adapter: found['lora'] = dict(r=adapter.r, target_modules=layers)
-    return found
+    if objective == 'sft': found['packing'] = batch > 1 or 'position_ids' in (
+        getattr(trainer.train_dataset, 'column_names', None) or ())
+    return found | _of_the_card(model) | _of_adapter(adapter)
 
-# %% ../nbs/40_train.ipynb #6982a5d0
+# %% ../nbs/40_train.ipynb #c123b7f6
 def _capacity():
-    "Bytes of the GPU, or None"
+    "The GPU, as `ftkit.memory.fits` takes it, or None"
     import torch
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    from ftkit.memory import known_as
+    if not torch.cuda.is_available(): return None
+    return known_as(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
 
 @contextmanager
 def _explained(trainer, objective):
@@ -417,17 +441,19 @@ def _explained(trainer, objective):
 
 # %% ../nbs/40_train.ipynb #669aa8a5
 def _why_no_memory(trainer, objective):
-    from ftkit.memory import estimate, how, to_fit
+    from ftkit.memory import corrected, estimate, how, to_fit
     rows,width = getattr(trainer, 'shape', None) or (None, None)
-    first = 'the GPU has not enough memory' + (f' for {rows} x {width:,} tokens at once' if rows else '')
+    said = ['the GPU has not enough memory' + (f' for {rows} x {width:,} tokens at once' if rows else '')]
+    hints = ['gradient_checkpointing=True, or a smaller per_device_train_batch_size with '
+             'gradient_accumulation_steps, takes less']
     try:
         s,config,there = _setting(trainer, objective),trainer.accelerator.unwrap_model(trainer.model).config,_capacity()
         needs = estimate(config, **s)
-        said = [first, how(needs.setting), repr(needs), *(to_fit(config, there, **s) if there else ())]
-    except (FtkitError, TypeError, AttributeError): # what is not counted
-        said = [first, 'gradient_checkpointing=True, or a smaller per_device_train_batch_size with '
-                'gradient_accumulation_steps, takes less']
-    return '\n'.join(said)
+        said += [how(needs.setting), repr(needs)]
+        if trainer.counted: said.append(f'by what steps have taken so far: {corrected(*trainer.counted, needs)!r}')
+        hints = there and to_fit(config, there, **s) or hints # it should fit, by what is counted
+    except (FtkitError, TypeError, AttributeError): pass # what is not counted
+    return '\n'.join(said + hints)
 
 # %% ../nbs/40_train.ipynb #1a03c931
 def _in_use():
@@ -443,13 +469,13 @@ def _longest(ds):
     return max(pc.max(pc.list_value_length(part['input_ids'])).as_py() for part in parts)
 
 def _compared(trainer, objective, shape, measured):
-    "What steps of a shape took, what was counted, and what the longest rows will take, of which there is a warning"
+    "What a step of a shape took, what was counted, and what the longest rows will take, of which there is a warning"
     from ftkit.memory import corrected, estimate, fits, to_fit
     config,there = trainer.accelerator.unwrap_model(trainer.model).config,_capacity()
     try:
         s = _setting(trainer, objective, shape) | dict(evaluation=None)
         long = s | dict(length=max(s['length'], _longest(trainer.train_dataset)))
-        counted = estimate(config, **s)
+        trainer.counted = counted,_ = estimate(config, **s),measured
         most = corrected(counted, measured, estimate(config, **long))
     except (FtkitError, TypeError, AttributeError): return dict(measured=measured) # what is not counted
     if not (fit := fits(most, there)): warnings.warn('\n'.join([
@@ -458,16 +484,21 @@ def _compared(trainer, objective, shape, measured):
 
 # %% ../nbs/40_train.ipynb #8aedc166
 def _measures(trainer, record):
-    "A callback that looks at the first two steps, of the first of several processes"
+    "A callback that looks at the second step, of the first of several processes"
+    import torch
     from transformers import TrainerCallback
 
     class Measures(TrainerCallback):
         shape,steps = (0, 0),0
+        def on_step_begin(self, *args, **kwargs):
+            self.steps += 1
+            if self.steps != 2: return
+            self.shape,record.most = (0, 0),_peak()
+            if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         def on_substep_end(self, *args, **kwargs): self.shape = max(self.shape, trainer.shape or (0, 0), key=prod)
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_optimizer_step(self, args, state, control, **kwargs): # before anything else uses the GPU
             self.on_substep_end()
-            self.steps += state.is_world_process_zero
-            if self.steps == 2 and _in_use(): record.found['memory'] = _compared(
+            if self.steps == 2 and _in_use() and state.is_world_process_zero: record.found['memory'] = _compared(
                 trainer, record.found['objective'], self.shape, _in_use())
     return Measures()
 
@@ -485,12 +516,12 @@ def _with_reference(trainer, data, eval_data, precision):
 def _run(trainer, checkpoint, record):
     "All steps"
     record.write()
-    if getattr(getattr(trainer, 'reference', None), 'how', None) == 'precomputed': _with_reference(
-        trainer, trainer.train_dataset, trainer.eval_dataset, record.found['precision'])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _explained(trainer, record.found['objective']):
         # PEFT says so at every checkpoint of a model with new tokens
         warnings.filterwarnings('ignore', 'Setting `save_embedding_layers`')
-        with _explained(trainer, record.found['objective']): trainer.train(resume_from_checkpoint=checkpoint)
+        if getattr(getattr(trainer, 'reference', None), 'how', None) == 'precomputed': _with_reference(
+            trainer, trainer.train_dataset, trainer.eval_dataset, record.found['precision'])
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False) # or it would go on in autocast
     if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad): raise FtkitError(
         f'the weights are not finite after training: lower learning_rate={trainer.args.learning_rate}')

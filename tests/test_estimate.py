@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
 from ftkit.memory import (ATTENTIONS, CHANGES, GPUS, METHODS, OBJECTIVES, Estimate, NotCounted, changes, colocated,
-                          corrected, estimate, fits, how, largest, parts, serving, to_fit, usual)
+                          corrected, estimate, fits, how, known_as, largest, parts, serving, to_fit, usual)
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE/'bench'))
@@ -162,6 +162,22 @@ def test_what_a_step_has_shown():
         assert abs(c.allocated - measured) < 1000 and c.kept == e.kept and c.at_peak['weights'] == e.at_peak['weights']
     for wrong in (2**30, None, 1.5):
         with pytest.raises(FtkitError, match='measured='): corrected(e, wrong)
+    full,longer = (estimate(LLAMA8, 'full', length=n, checkpointing=True) for n in (512, 4096))
+    other = corrected(full, full.allocated + 2**35, longer) # no activations, which grow with the tokens
+    assert other.allocated == longer.allocated + 2**35 and other.at_peak['other'] == 2**35
+
+def test_a_device_is_known_by_its_name():
+    gib = dict(GPUS) | {'a100 half': 39.5, 'h100 nvl': 93.1}
+    names = {'Tesla T4': 't4', 'NVIDIA L4': 'l4', 'NVIDIA A10': 'a10', 'NVIDIA A100-SXM4-40GB': 'a100-40',
+             'NVIDIA A100 80GB PCIe': 'a100', 'NVIDIA L40S': 'l40s', 'NVIDIA GeForce RTX 3090': '3090',
+             'NVIDIA GeForce RTX 4090': '4090', 'NVIDIA GeForce RTX 5090': '5090', 'NVIDIA H100 80GB HBM3': 'h100',
+             'NVIDIA H200': 'h200', 'NVIDIA B200': 'b200'}
+    assert {*names.values()} == {*GPUS}
+    for name,key in names.items(): assert known_as(name, int(gib[key]*2**30)) == key
+    for name,size in (('NVIDIA H100 NVL', 'h100 nvl'), ('NVIDIA H100 80GB HBM3 MIG 3g.40gb', 'a100 half')):
+        assert known_as(name, int(gib[size]*2**30)) == int(gib[size]*2**30)
+    t4 = known_as('Tesla T4', int(GPUS['t4']*2**30))
+    assert 'flash' not in str(changes(LLAMA8, t4, method='qlora', packing=True))
 
 def test_answers_are_sampled_before_the_first_batch():
     "Gradients of earlier batches are none of theirs"
@@ -302,7 +318,7 @@ def test_what_would_have_to_change_in_packed_rows():
     found, = changes(LLAMA8, apart.reserved+2**29, **packed)
     assert found.text.startswith('flash-attn') and found.saved == saved and found.fit
     saved = estimate(LLAMA8, **old).allocated - estimate(LLAMA8, **old | dict(packing=False)).allocated
-    found = next(c for c in changes(LLAMA8, 't4', **old) if 'not packed' in c.text)
+    found = next(c for c in changes(LLAMA8, 't4', **old) if 'without masks' in c.text)
     assert found.saved == saved > 0
     assert not any('flash' in c.text for c in changes(LLAMA8, 't4', **old))
 

@@ -455,6 +455,22 @@ def test_packed_rows(kind):
     assert found.count(copy) - apart.count(copy) == (4 if kind == 'llama' else 0)
     with pytest.raises(FtkitError, match='packing: dpo packs no rows'): simulate(shape, objective='dpo', packing=True)
 
+def test_padded_rows():
+    "Of unequal length: their masks are as large as those of packed rows"
+    from transformers import LlamaForCausalLM
+    shape,there = config(num_key_value_heads=8),torch.ones(2, 256).long()
+    there[1, 200:] = 0
+    net,m = LlamaForCausalLM(shape).float().train(),meter(S._scratch())
+    batch,optimizer = dict(input_ids=there, attention_mask=there),S._optimizer('adamw_torch_fused', [*net.parameters()])
+    for t in [*net.parameters(), *net.buffers(), there]: m.add(t)
+    with S._like_a_gpu(net, 'sdpa', True), m:
+        for _ in range(2): S._step(m, net, optimizer, S._plain, batch, nullcontext, True)
+    padded = S.Simulation({}, m.events, m.kinds, 1000, 0).allocated
+    masks,none = (simulate(shape, 'full', 256, 2, 'fp32', loss='plain', packing=p, workspace=0).allocated
+                  for p in (True, False))
+    copies = 2*2*256*256*4 # one in each layer
+    assert abs(masks/padded - 1) < .005 and padded-none >= copies
+
 def test_trap_loading_leaves_holes():
     "A tied head of a quantised model, and weights that were in 16 bits before they were in 32"
     def names(**more):
@@ -659,3 +675,23 @@ def test_a_few_layers_tell_of_many(kind, turn, s):
 def test_shallow_models_are_traced_whole():
     few = config(num_hidden_layers=3)
     assert S.extrapolate(few, length=64) == simulate(few, length=64).phases
+
+ODD = [dict(num_attention_heads=0), dict(num_key_value_heads=0), dict(head_dim=0), dict(hidden_act='none'),
+       dict(rope_scaling=dict(rope_type='nope')), dict(hidden_size=-64), dict(hidden_size='wide'),
+       dict(hidden_size=10**12), dict(hidden_size=65), dict(vocab_size=None), dict(model_type=['llama']),
+       dict(model_type='nothing'), dict(num_hidden_layers=-1), dict(num_hidden_layers=0), dict(num_attention_heads=1.5),
+       dict(tie_word_embeddings='no')]
+
+@pytest.mark.parametrize('odd', ODD, ids=str)
+def test_odd_configs(odd, tmp_path, capsys):
+    "Are refused in one line, from Python and from the command line, unless a formula has an answer"
+    from ftkit.cli import main
+    there = SHAPE | dict(model_type='llama', architectures=['LlamaForCausalLM'])
+    (tmp_path/'config.json').write_text(json.dumps(there | odd))
+    with pytest.raises(FtkitError) as e: simulate(str(tmp_path), length=64)
+    assert 'config' in str(e.value) and '\n' not in str(e.value)
+    code = main(['memory', str(tmp_path), '--length', '64'])
+    said = capsys.readouterr()
+    assert code == 0 and 'tokens' in said.out or code == 2 and said.err.count('\n') == 1
+    (tmp_path/'config.json').write_text(json.dumps(there))
+    assert simulate(str(tmp_path), length=64).allocated > 0

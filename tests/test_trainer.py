@@ -137,7 +137,7 @@ def test_no_memory_left(tmp_path, monkeypatch, objective):
     assert 'not enough memory for' in said and f'full, {objective}' in said and 'does not fit' in said
     assert 'gradient checkpointing' in said or 'rows of' in said
     assert 'lora of rank' in failed('lora')
-    if objective == 'sft': assert 'of packed documents' in failed(packing=True, max_length=64)
+    if objective == 'sft': assert 'with masks' in failed(packing=True, max_length=64)
     monkeypatch.setattr(memory, 'FAMILIES', {})
     assert 'gradient_checkpointing=True' in failed()
 
@@ -159,8 +159,10 @@ def test_the_first_steps_correct_what_was_counted(tmp_path, monkeypatch, recwarn
     assert 'tokens, the longest, will not fit' in said and 'does not fit' in said
     right,_ = found(first['counted'], data=rows) # what was counted was right: nothing to correct
     long = int(re.match(r'rows of (\d+)', said)[1])
-    config,options = start()[0].config,dict(method='full', dtype='fp32', batch=2, optim='adamw_torch_fused')
-    assert right['longest'] == memory.estimate(config, length=long, **options).allocated > right['counted']
+    config,options = start()[0].config,dict(dtype='fp32', batch=2, optim='adamw_torch_fused', packing=True)
+    assert right['longest'] == memory.estimate(config, 'full', long, **options).allocated > right['counted']
+    most,_ = found(2**28, data=rows, eval_data=rows[:8], eval_on_start=True, eval_strategy='steps', eval_steps=1)
+    assert most == first # which knows nothing of evaluations
     once,_ = found(2**28, data=rows, gradient_accumulation_steps=2)
     assert once['counted'] > first['counted'] # the gradients of the batch before
     assert found(2**28, objective='dpo')[0]['longest'] == pytest.approx(2**28, abs=1000)
@@ -192,10 +194,53 @@ def test_an_evaluation_that_ran_out(tmp_path, monkeypatch, objective):
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=8, use_cpu=True)
     def said(shape, training): return {k: _setting(SimpleNamespace(
         accelerator=SimpleNamespace(unwrap_model=lambda m: m.train(training)), model=model, args=args, shape=shape,
-        eval_dataset=[1]), objective)[k] for k in ('batch', 'length', 'evaluation')}
-    rows = (4, 8) if objective == 'sft' else (6, 12) # of pairs, a prompt and two answers
+        eval_dataset=[1], train_dataset=None, how=None), objective)[k] for k in ('batch', 'length', 'evaluation')}
+    rows = (4, 8) if objective == 'sft' else (8, 16) # of pairs, whose answers lie apart in so narrow a model
     step = dict(batch=4, length=600, evaluation=8)
     assert said((rows[0], 600), True) == step and said((rows[1], 600), False) == step
+
+def test_what_a_run_is_counted_as(tmp_path, monkeypatch):
+    "Its reference, its adapter, the GPUs it shares, masks; where it should have fitted, what helps in any case"
+    from types import SimpleNamespace
+    from ftkit import train as module
+    seen,why = [],module._why_no_memory
+    def look(trainer, *args):
+        monkeypatch.setattr(trainer.args.__class__, 'world_size', 2)
+        several = module._setting(trainer, *args)
+        monkeypatch.undo()
+        seen.append((module._setting(trainer, *args), several, why(trainer, *args)))
+        return 'looked'
+    def setting(objective, adapter=None, **more):
+        class Full(TrainerCallback):
+            def on_step_end(self, *args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory')
+        monkeypatch.setattr(module, '_why_no_memory', look)
+        monkeypatch.setattr(module, '_capacity', lambda: 2**36)
+        with pytest.raises(FtkitError, match='looked'): run(tmp_path, objective, adapter, max_steps=2, overwrite=True,
+                                                            callbacks=[Full()], **more)
+        return seen[-1]
+    from transformers import TrainerCallback
+    s,several,said = setting('dpo')
+    assert s['reference'] == 'precomputed' and not re.search(r'reference \d', said) and said.endswith('takes less')
+    assert (s['gpus'], several['gpus'], several['sharding']) == (1, 2, 'ddp')
+    assert setting('kto', 'lora')[0]['reference'] == 'adapter'
+    assert setting('sft', per_device_train_batch_size=1)[0]['packing'] is False and setting('sft')[0]['packing']
+    adapter = SimpleNamespace(r=4, target_modules={'a.q_proj'}, use_dora=True)
+    assert module._of_adapter(adapter) == dict(lora=dict(r=4, target_modules=['q_proj'], use_dora=True))
+
+@pytest.mark.parametrize('objective', ['dpo', 'kto', 'orpo', 'reward'])
+def test_the_length_of_answers(objective):
+    "Is told from the tokens of a batch, as answers are laid"
+    from types import SimpleNamespace
+    from ftkit.answers import AnswerCollator
+    from ftkit.tiny import tiny
+    from ftkit.train import _half_answers, _shape
+    model = tiny()[1]
+    answers = dict(completion_ids=[6]*40, KL_completion_ids=[6]*40, label=True) if objective == 'kto' else dict(
+        chosen_ids=[6]*40, rejected_ids=[7]*40)
+    for n in (1, 3, 8):
+        batch = AnswerCollator(SimpleNamespace(pad_token_id=0), model, 'shared')([dict(prompt_ids=[5]*40) | answers]*n)
+        rows,width = _shape(batch)
+        assert abs(_half_answers(objective, n, rows*width, model.config) - 80) <= 1
 
 @pytest.mark.parametrize('adapter', [None, 'lora'])
 def test_what_a_run_takes_on_the_disk(tmp_path, adapter):
