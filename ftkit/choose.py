@@ -334,15 +334,20 @@ class Model(NamedTuple):
     size: float    # billions of weights
     license: str
     commercial: bool # may it be used so, by its licence?
-    source: str    # of the licence
+    line: str = '' # of a source that names the licence
+
+    @property
+    def source(self):
+        "Of the licence"
+        return self.line or f'huggingface.co/{self.name}'
 
 MODELS = [
-    Model('Qwen/Qwen2.5-0.5B', .5, 'Apache 2.0', True, 'its model card'),
-    Model('Qwen/Qwen2.5-3B', 3.1, 'Qwen Research', False, 'its model card'),
-    Model('HuggingFaceTB/SmolLM3-3B-Base', 3.1, 'Apache 2.0', True, 'its model card'),
-    Model('mistralai/Mistral-7B-v0.3', 7.2, 'Apache 2.0', True, 'its model card'),
+    Model('Qwen/Qwen2.5-0.5B', .5, 'Apache 2.0', True),
+    Model('Qwen/Qwen2.5-3B', 3.1, 'Qwen Research', False),
+    Model('HuggingFaceTB/SmolLM3-3B-Base', 3.1, 'Apache 2.0', True),
+    Model('mistralai/Mistral-7B-v0.3', 7.2, 'Apache 2.0', True),
     Model('meta-llama/Llama-3.1-8B', 8.0, 'Llama 3.1 Community', True, _G(717)),
-    Model('Qwen/Qwen3-8B-Base', 8.2, 'Apache 2.0', True, 'its model card'),
+    Model('Qwen/Qwen3-8B-Base', 8.2, 'Apache 2.0', True),
     Model('meta-llama/Llama-3.1-70B', 70.6, 'Llama 3.1 Community', True, _G(717))]
 
 def choose_base(commercial=False, # must its licence allow that?
@@ -373,8 +378,14 @@ FRAMEWORKS = {name: {c: x == '1' for c,x in zip(_COLUMNS, cells)} for name,cells
     NemoRL='1110101', OpenRLHF='1110111').items()}
 
 def choose_framework(*needs # of sft, preferences, rl, multimodal, full, lora, distributed
-                    ):      # list of names
-    "Frameworks that do all of it, by the notes' table (lines 61 to 73)"
+                    ):      # list of `Advice`, those that do most besides first
+    "Frameworks that do all of it, by the notes' table"
     if odd := sorted({*map(str, needs)} - {*_COLUMNS}): raise FtkitError(
         f"{', '.join(odd)}: no column of the table; use some of {', '.join(_COLUMNS)}")
-    return [name for name,row in FRAMEWORKS.items() if all(row[n] for n in needs)]
+    out = []
+    for line,(name,row) in enumerate(FRAMEWORKS.items(), 63):
+        if not all(row[n] for n in needs): continue
+        does,lacks = ([c for c in _COLUMNS if row[c] == yes] for yes in (True, False))
+        out.append(Advice(name, len(does), [(f"does {', '.join(does)}", _N(line))]))
+        if lacks: out[-1].warnings.append((f"not {', '.join(lacks)}", _N(line)))
+    return sorted(out, key=lambda a: -a.weight)

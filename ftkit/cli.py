@@ -236,12 +236,30 @@ def _facts(words, known):
         f"{', '.join(odd)}: no fact; what can be said is\n" + '\n'.join(f'  {n}: {text}' for n,text in known.items()))
     return found
 
-def choose(what:str, # approach (prompt, search or tune?) or method (SFT, DPO, KTO, GRPO?)
-           known:str='' # what is known, with commas between: measured,prompted,no-enough,strict,examples=900
+def _ways(model, gpu):
+    "What there is to choose: (function of what is known, what can be said)"
+    from ftkit import choose as c
+    def adapter(**k):
+        if not model: raise FtkitError('ftkit choose adapter: of which --model?')
+        return [a for a,_ in c.choose_adapter(_model_config(model), gpu, next((n for n in k if k[n]), None))]
+    def data(examples=None, **k): return [c.choose_data(next((n for n in k if k[n]), 'task'), examples)]
+    def base(commercial=False, large=False): return c.choose_base(commercial, 'large' if large else 'small')
+    def framework(**k): return c.choose_framework(*(n for n in k if k[n]))
+    goals = {goal: 'is that for: ' + a.reasons[0][0] for goal,a in c.AMOUNTS.items()}
+    return dict(
+        approach=(c.choose_approach, c.APPROACH), method=(c.choose_method, c.METHOD),
+        adapter=(adapter, {p: f'is that what counts most: {p}?' for p in c.PRIORITIES if p}),
+        data=(data, goals | dict(examples='how many examples are there?')),
+        base=(base, dict(commercial='must its licence allow that?', large='may it have more than 10B?')),
+        framework=(framework, {n: 'must it do that?' for n in c.FRAMEWORKS['TRL']}))
+
+def choose(what:str,     # approach (prompt, search or tune?), method (SFT, DPO, GRPO?), adapter, data, base, framework
+           known:str='', # what is known, with commas between: measured,prompted,no-enough,strict,examples=900
+           model:str='', # for an adapter: folder, Hub id, or "embedded"
+           gpu:str='t4'  # for an adapter: a key of ftkit.memory.GPUS
           ):
     "Say what the guide advises on what is known, with its reasons and their lines"
-    from ftkit.choose import APPROACH, METHOD, choose_approach, choose_method
-    ways = dict(approach=(choose_approach, APPROACH), method=(choose_method, METHOD))
+    ways = _ways(model, gpu)
     if what not in ways: raise FtkitError(f"ftkit choose {what}: use one of {', '.join(ways)}")
     f,facts = ways[what]
     for advice in f(**_facts(known, facts)): print(advice)
@@ -255,7 +273,8 @@ HELP = """ftkit: the fine-tuning guide you can run
   ftkit chat OUT                               talk to what came out
   ftkit merge OUT FOLDER                       fold the adapter into 16-bit weights
   ftkit memory MODEL [--method M] [--gpu G]    say what a training step needs, and on which GPU it goes
-  ftkit choose approach [--known FACTS]        say what to do: prompt, search or tune? or: ftkit choose method
+  ftkit choose approach [--known FACTS]        say what to do: prompt, search or tune? or: ftkit choose method,
+                                               adapter, data, base, framework
 
 Try it now, with the data and the small base model inside ftkit (two minutes on a laptop):
   ftkit sft tasks --out runs/first

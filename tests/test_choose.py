@@ -81,7 +81,7 @@ WORDS = { # of the line that a source names
         'Very close to full', 158: 'Highest potential quality', 171: 'Training speed'},
     'notes': {
         16: 'prompting', 17: 'RAG', 18: 'pre-training', 19: 'tightly', 33: 'quality', 35: 'Distillation', 39:
-        'learns less and forgets less'}}
+        'learns less and forgets less', **{n: f'| [{name}]' for n,name in enumerate(FRAMEWORKS, 63)}}}
 KEYWORDS = {f'{name}, line {n}': word for name,lines in WORDS.items() for n,word in lines.items()}
 
 def sources():
@@ -89,8 +89,9 @@ def sources():
     said = [r.source for r in APPROACHES + METHOD_RULES]
     said += [s for both in ADAPTERS.values() for rows in both for _,s in rows] + [m.source for m in MODELS]
     scored = choose_base(budget='large', scores={MODELS[0].name: 1.})
-    for a in (*scored, *(choose_data(goal, 10) for goal in AMOUNTS)): said += [s for _,s in a.reasons + a.warnings]
-    return {*said} - {'its model card'}
+    advised = *scored, *choose_framework(), *(choose_data(goal, 10) for goal in AMOUNTS)
+    for a in advised: said += [s for _,s in a.reasons + a.warnings]
+    return {s for s in said if not s.startswith('huggingface.co/')}
 
 def test_sources_stand_where_they_are_said_to(shared):
     "The line that an advice names is about it"
@@ -197,7 +198,7 @@ def test_models_data_and_frameworks():
         assert any('70B' in a.choice for a in choose_base(budget=budget)) == there
     assert choose_base(scores={'Qwen/Qwen2.5-0.5B': 1.})[0].choice == 'Qwen/Qwen2.5-0.5B'
     assert choose_data('task', 99).warnings and not choose_data('task', 100).warnings
-    assert len(FRAMEWORKS) == 11 and choose_framework(*FRAMEWORKS['TRL']) == ['TRL', 'Axolotl']
+    assert len(FRAMEWORKS) == 11 and [a.choice for a in choose_framework(*FRAMEWORKS['TRL'])] == ['TRL', 'Axolotl']
     for f,args in ((choose_data, ('luck',)), (choose_base, (False, 'none')), (choose_framework, ('luck',))):
         with pytest.raises(FtkitError): f(*args)
     with pytest.raises(FtkitError, match='no fact'): choose_method(luck=True)
