@@ -2,10 +2,11 @@
 
     python bench/memory_gpu.py [SECONDS] [tiny]
 
-Full, LoRA and QLoRA; SFT, reward, DPO, KTO and ORPO; ours and TRL's trainers; optimizers; checkpointing; shapes of 0.5
-to 8 billion weights. Every row of a batch has the same length, so a figure belongs to one shape. Two steps each: the
-second has the optimizer's states. Stops starting new ones after SECONDS (280). `tiny` runs a small shape, on a CPU too,
-where the figures are 0. Prints a line each and writes bench/memory_gpu.csv.
+Full, LoRA and QLoRA; SFT, reward, DPO, KTO, ORPO and GRPO; ours and TRL's trainers; attention of PyTorch and flash-attn
+(a line with an error where it is not installed); optimizers; checkpointing; shapes of 0.5 to 8 billion weights. Every
+row of a batch has the same length, so a figure belongs to one shape. Two steps each: the second has the optimizer's
+states. What ours will take is said before each run. Stops starting new ones after SECONDS (560). `tiny` runs a small
+shape, on a CPU too, where the figures are 0. Prints a line each and writes bench/memory_gpu.csv.
 """
 import os
 os.environ |= dict(TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1', IN_TEST='1')
@@ -19,9 +20,10 @@ SHAPES = dict( # kind, layers, hidden, MLP, heads, KV heads, vocabulary, tied
     llama8=('llama', 32, 4096, 14336, 32, 8, 128256, False), tiny=('llama', 2, 64, 128, 4, 2, 512, True))
 
 def case(shape, method, objective='sft', length=2048, batch=1, checkpointing=False, optim='adamw_torch_fused',
-         engine='ftkit', dtype='bf16', **options):
+         engine='ftkit', dtype='bf16', attention='sdpa', **options):
     return dict(shape=shape, method=method, objective=objective, length=length, batch=batch,
-                checkpointing=checkpointing, optim=optim, engine=engine, dtype=dtype, options=options)
+                checkpointing=checkpointing, optim=optim, engine=engine, dtype=dtype, attention=attention,
+                options=options)
 
 def several(text):
     "Cases from lines of `shape method objective length batch`, with flags and options behind"
@@ -75,13 +77,22 @@ qwen3 qlora dpo 1024 2
 mistral7 lora sft 8192 1 gc
 mistral7 qlora sft 4096 1 gc optim=paged_adamw_8bit
 mistral7 lora reward 1024 2
+llama1 lora grpo 1024 8
+llama1 lora grpo 1024 8 gc
+llama1 full grpo 512 8
+qwen05 lora grpo 512 16
+llama1 lora sft 2048 4 attention=flash
+llama1 full sft 4096 1 gc attention=flash
+qwen3 lora dpo 1024 2 attention=flash
+llama8 qlora sft 4096 1 gc attention=flash
 ''')]
-TINY = [case('tiny', method, objective, 64, 2, engine=engine) for method in ('full', 'lora')
+TINY = [case('tiny', method, 'grpo', 64, 4) for method in ('full', 'lora')]
+TINY += [case('tiny', method, objective, 64, 2, engine=engine) for method in ('full', 'lora')
         for objective in ('sft', 'reward', 'dpo', 'kto', 'orpo') for engine in ('ftkit', 'trl')]
 TINY += [case('tiny', 'qlora', length=64)]
 GPU = torch.cuda.is_available()
 
-def make(shape, objective, dtype):
+def make(shape, objective, dtype, attention):
     "A random model of a shape, on the GPU"
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     kind,layers,hidden,mlp,heads,kv,vocab,tied = SHAPES[shape]
@@ -90,7 +101,8 @@ def make(shape, objective, dtype):
         max_position_embeddings=32768, sliding_window=None, pad_token_id=0, **(
             dict(num_labels=1) if objective == 'reward' else {}))
     auto = AutoModelForSequenceClassification if objective == 'reward' else AutoModelForCausalLM
-    with torch.device('cuda' if GPU else 'cpu'): return auto.from_config(config, dtype=dtype)
+    kind = dict(flash='flash_attention_2').get(attention, attention)
+    with torch.device('cuda' if GPU else 'cpu'): return auto.from_config(config, dtype=dtype, attn_implementation=kind)
 
 def quantise(model):
     "NF4 with double quantisation in place of every linear layer but the head, as transformers does it"
@@ -144,33 +156,55 @@ class Meter:
             def on_step_end(self, args, state, control, **kwargs): found.append(meter())
         return Each()
 
-def measure(shape, method, objective, length, batch, checkpointing, optim, engine, dtype, options):
+def sampled(model, tok, folder, length, batch, checkpointing, optim, found):
+    "Two steps of GRPO: a prompt, and as many tokens of each answer, which random weights do not end"
+    from ftkit.rl import rl
+    if checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    def each(*_):
+        found.append(meter())
+        if GPU: torch.cuda.reset_peak_memory_stats()
+    def worth(completions, **_): return [*range(len(completions))]
+    rl(model, tok, [dict(prompt=prompt_of(tok, length//2))], worth, 'grpo', folder, watch=each, steps=2, prompts_per_step=1, group=batch, max_new_tokens=length//2, micro_tokens=10**9,
+       optim=optim, precision='bf16' if GPU else 'fp32')
+
+def prompt_of(tok, tokens):
+    "A question of so many tokens"
+    from ftkit.mask import prompt_ids
+    text,size = '',lambda text: len(prompt_ids(tok, [dict(role='user', content=text)]))
+    while size(text) < tokens: text += '.' if size(text + 'x') > tokens else 'x'
+    return text
+
+def measure(shape, method, objective, length, batch, checkpointing, optim, engine, dtype, attention, options):
     "Bytes at the begin of a run and in its two steps"
     from datasets import Dataset
     from ftkit.train import train
     fresh()
     before = meter()[0]
-    model = make(shape, objective, dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])
+    model = make(shape, objective, dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype], attention)
     if method == 'qlora': model = quantise(model)
     if method != 'full': model = adapted(model, objective)
     fresh()
-    ahead = predicted(model.config, method, objective, length, batch, checkpointing, optim, dtype, engine, options)
+    ahead = predicted(model.config, method, objective, length, batch, checkpointing, optim, dtype, engine, attention,
+                      options)
     if engine == 'trl' and objective == 'orpo': options = dict(sft_average='token') | options # as TRL has it
     loaded,steps,start = meter()[0],[],time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train(model, tokenizer(), Dataset.from_list(rows(objective, length, 2*batch)), objective, out=f'{folder}/run',
+        if objective == 'grpo': sampled(model, tokenizer(), f'{folder}/run', length, batch, checkpointing, optim, steps)
+        else: train(
+              model, tokenizer(), Dataset.from_list(rows(objective, length, 2*batch)), objective, out=f'{folder}/run',
               max_steps=2, per_device_train_batch_size=batch, gradient_checkpointing=checkpointing, optim=optim,
               engine=engine, precision='bf16', save_strategy='no', callbacks=[Meter(steps)], **options)
     return dict(predicted=ahead, before=before, loaded=loaded, seconds=round(time.perf_counter()-start, 1)) | {
         f'{name}_{k}': x for k,three in enumerate(steps, 1) for name,x in zip(('allocated', 'peak', 'reserved'), three)}
 
-def predicted(config, method, objective, length, batch, checkpointing, optim, dtype, engine, options):
+def predicted(config, method, objective, length, batch, checkpointing, optim, dtype, engine, attention, options):
     "Bytes that `ftkit.memory.estimate` says will be in use, said before the run; None for what it does not count"
     from ftkit.core import FtkitError
     from ftkit.memory import estimate
     if engine == 'trl' or options.keys() - {'reference'}: return None
-    try: return estimate(config, method, length, batch, dtype, 'bf16' if GPU else None, checkpointing=checkpointing,
-                         optim=optim, objective=objective, **options).allocated
+    new = GPU and torch.cuda.get_device_capability()[0] > 8 # Hopper
+    try: return estimate(config, method, length, batch, dtype, 'bf16' if GPU else None, attention, checkpointing, optim,
+                         objective, **dict(workspace=2**25) if new else {}, **options).allocated
     except FtkitError: return None
 
 def tokenizer():
@@ -188,9 +222,9 @@ def setting():
     outside = total-free-torch.cuda.memory_reserved() if GPU else 0 # with a CUDA context
     return dict(gpu=gpu, total=total, outside=outside) | {n: importlib.metadata.version(n) for n in names}
 
-def main(seconds='280', size=''):
-    import ftkit.train
-    ftkit.train.save = lambda *args, **kwargs: None # a model of 8 billion weights would take longer than its steps
+def main(seconds='560', size=''):
+    import ftkit.rl, ftkit.train
+    for m in (ftkit.rl, ftkit.train): m.save = lambda *args, **kwargs: None # which would take longer than the steps
     if GPU: torch.ones(1).cuda()
     start,found,out = time.time(),[],Path(os.environ.get('OUT', Path(__file__).parent))/'memory_gpu.csv'
     for c in TINY if size == 'tiny' else CASES:

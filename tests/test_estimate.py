@@ -1,6 +1,7 @@
 "The memory of a step without torch: equal to the trace, fast, honest about what fits"
 import ast, csv, json, os, subprocess, sys, time
 from pathlib import Path
+from unittest import mock
 import pytest
 from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
@@ -429,6 +430,9 @@ def test_the_bench_for_a_gpu(tmp_path):
     with open(tmp_path/'memory_gpu.csv') as f: made = [*csv.DictReader(f)]
     assert made and not any(r.get('error') for r in made) and made[0]['torch']
     for r in made: assert (int(r['predicted'] or 0) > 2**20) == (r['engine'] == 'ftkit')
+    assert made[0]['objective'] == 'grpo' and len({r['objective'] for r in made}) > 1
+    with mock.patch.dict(os.environ): import memory_gpu
+    assert sum(c['engine'] == 'ftkit' and c['options'].keys() <= {'reference'} for c in memory_gpu.CASES) > 40
 
 # evaluation
 
