@@ -164,8 +164,9 @@ def sampled(model, tok, folder, length, batch, checkpointing, optim, found):
         found.append(meter())
         if GPU: torch.cuda.reset_peak_memory_stats()
     def worth(completions, **_): return [*range(len(completions))]
-    rl(model, tok, [dict(prompt=prompt_of(tok, length//2))], worth, 'grpo', folder, watch=each, steps=2, prompts_per_step=1, group=batch, max_new_tokens=length//2, micro_tokens=10**9,
-       optim=optim, precision='bf16' if GPU else 'fp32')
+    rl(model, tok, [dict(prompt=prompt_of(tok, length//2))], worth, 'grpo', folder, watch=each, steps=2,
+       prompts_per_step=1, group=batch, max_new_tokens=length//2, micro_tokens=10**9, optim=optim,
+       precision='bf16' if GPU else 'fp32')
 
 def prompt_of(tok, tokens):
     "A question of so many tokens"

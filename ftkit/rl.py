@@ -32,7 +32,7 @@ from .ppo import gae, value_loss
 from .reference import Reference, changes_nothing
 from .rewards import name_of, score_all
 from .rollout import HFEngine, _positions, answers_finding, engine_finding, next_logps, sample
-from .train import Run, _may_write, _peak, _remove, _start, _versions, _write_whole
+from .train import Run, _capacity, _may_write, _of_model, _peak, _remove, _start, _versions, _write_whole
 from .train import last_checkpoint, read_log, run_files
 
 # %% ../nbs/43_rl.ipynb #0e2f7314
@@ -630,9 +630,37 @@ def steps(self:_Run):
 @patch
 @contextmanager
 def stage(self:_Run, what):
+    import torch
     start = time.perf_counter()
-    yield
+    try: yield
+    except torch.OutOfMemoryError as e: raise FtkitError(self.no_memory(what)) from e
     self.took[what] = round(time.perf_counter()-start, 4)
+
+
+
+# %% ../nbs/43_rl.ipynb #1143147c
+def _counted(run):
+    "Of a run, as `ftkit.memory.estimate` takes it: so many answers of the longest prompts at once"
+    how,began,critic = run.how,run.policy[3],run.policy[4]
+    asked = max(len(prompt_ids(run.tok, _prompt(row))) for row in run.data[:1000])
+    return _of_model(run.model) | dict(
+        objective='ppo' if critic else 'grpo', reference=began and began.how, length=asked + how.max_new_tokens,
+        batch=max(1, min(how.prompts_per_step*how.group, (how.micro_tokens-asked)//how.max_new_tokens)),
+        answers=how.prompts_per_step*how.group if run.own else 1, optim=how.optim,
+        autocast=None if how.precision == 'fp32' else how.precision)
+
+@patch
+def no_memory(self:_Run, what):
+    "What a step needs, and what takes less"
+    from ftkit.memory import estimate, how, to_fit
+    said,there = [f'the GPU has not enough memory: {what}'],_capacity()
+    try:
+        s,config = _counted(self),self.model.config
+        needs = estimate(config, **s)
+        said += [how(needs.setting), repr(needs), *(to_fit(config, there, **s) if there else ())]
+    except (FtkitError, TypeError, AttributeError): pass # what is not counted
+    return '\n'.join(said + ['fewer answers at once (prompts_per_step, group), shorter ones (max_new_tokens), '
+                             'a smaller micro_tokens and gradient checkpointing take less'])
 
 # %% ../nbs/43_rl.ipynb #0d266fae
 def _functions(rewards, how):

@@ -400,27 +400,32 @@ def _of_adapter(adapter):
     layers = sorted({n.split('.')[-1] for n in adapter.target_modules})
     return dict(lora=dict(r=adapter.r, target_modules=layers, use_dora=adapter.use_dora))
 
-# %% ../nbs/40_train.ipynb #ab3c83db
-def _setting(trainer, objective, shape=None):
-    "Of a run, as `ftkit.memory.estimate` takes it; of its last batch, or one of another shape"
+def _of_model(model):
+    "How it is trained"
     import torch
-    model,args,(rows,width) = trainer.accelerator.unwrap_model(trainer.model),trainer.args,shape or trainer.shape
     adapter = next(iter(getattr(model, 'peft_config', {}).values()), None)
     four = getattr(model, 'is_loaded_in_4bit', False)
     floats = [p for p in model.parameters() if p.is_floating_point() and (not adapter or not p.requires_grad)]
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}.get(floats[0].dtype, 'fp32')
+    return dict(method='full' if not adapter else 'qlora' if four else 'lora', dtype=kind,
+                checkpointing=bool(model.is_gradient_checkpointing)) | _of_the_card(model) | _of_adapter(adapter)
+
+# %% ../nbs/40_train.ipynb #ab3c83db
+def _setting(trainer, objective, shape=None):
+    "Of a run, as `ftkit.memory.estimate` takes it; of its last batch, or one of another shape"
+    model,args,(rows,width) = trainer.accelerator.unwrap_model(trainer.model),trainer.args,shape or trainer.shape
     n,share = args.per_device_train_batch_size,args.per_device_eval_batch_size/args.per_device_train_batch_size
     batch,length,held = _as_in_a_step(rows, width, share, model.training)
     if objective != 'sft': batch,length,held = n,_half_answers(
         objective, n, rows*width/(1 if model.training else share), model.config),args.per_device_eval_batch_size
-    found = dict(method='full' if not adapter else 'qlora' if four else 'lora', dtype=kind, batch=batch, length=length,
-                 autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None, optim=str(args.optim.value),
-                 objective=objective, checkpointing=bool(model.is_gradient_checkpointing), gpus=args.world_size,
-                 sharding='ddp', accumulation=args.gradient_accumulation_steps, reference=trainer.how)
+    found = _of_model(model) | dict(
+        batch=batch, length=length, autocast='bf16' if args.bf16 else 'fp16' if args.fp16 else None,
+        optim=str(args.optim.value), objective=objective, gpus=args.world_size, sharding='ddp',
+        accumulation=args.gradient_accumulation_steps, reference=trainer.how)
     if trainer.eval_dataset is not None: found['evaluation'] = held
     if objective == 'sft': found['packing'] = batch > 1 or 'position_ids' in (
         getattr(trainer.train_dataset, 'column_names', None) or ())
-    return found | _of_the_card(model) | _of_adapter(adapter)
+    return found
 
 # %% ../nbs/40_train.ipynb #c123b7f6
 def _capacity():

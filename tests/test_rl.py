@@ -219,6 +219,27 @@ def test_a_reward_is_learned(tmp_path):
     rewards = [e['reward'] for e in run.log]
     assert sum(rewards[-10:]) > 2*sum(rewards[:10])
 
+@pytest.mark.parametrize('algorithm', ['grpo', 'ppo'])
+def test_no_memory_left(tmp_path, monkeypatch, algorithm):
+    "The run says in which stage, what a step needs, and what takes less; it can be resumed"
+    from ftkit import memory, rl as module
+    model,tok = start()
+    data,how = [dict(prompt='Say aaa')]*8,dict(max_new_tokens=6, steps=3, prompts_per_step=2, overwrite=True)
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+    def failed(where):
+        monkeypatch.setattr(module, '_capacity', lambda: 2**29 + 2**20)
+        monkeypatch.setattr(module, where, full)
+        with pytest.raises(FtkitError) as e: rl(model, tok, data, vowels, algorithm, tmp_path/'run', **how)
+        monkeypatch.undo()
+        return str(e.value)
+    said = failed('answer_losses')
+    assert 'not enough memory: update' in said and f'lora of rank 4, {algorithm}' in said and 'does not fit' in said
+    assert 'not enough memory: sample and score' in failed('collect') and said.endswith('take less')
+    monkeypatch.setattr(memory, 'FAMILIES', {})
+    assert 'lora of rank' not in (short := failed('answer_losses')) and short.endswith('take less')
+    monkeypatch.undo()
+    assert len(rl(model, tok, data, vowels, algorithm, tmp_path/'run', **how).log) == 3
+
 def test_dynamic_sampling_replaces_groups_within_a_bound(tmp_path):
     "One question in nine has answers that differ"
     calls = []
