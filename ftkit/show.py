@@ -351,7 +351,8 @@ def _last_step(curve):
 
 def memory_timeline(simulation, # of `ftkit.simulate.simulate`
                     points=400, # drawn; of several events, the one with most in use
-                    ax=None     # matplotlib axes to draw on
+                    ax=None,    # matplotlib axes to draw on
+                    at=None     # share of the step at which to say what is there
                    ):           # matplotlib figure
     "What is in memory from the beginning of a step to its end"
     if not hasattr(simulation, 'curve'): raise FtkitError(
@@ -368,9 +369,17 @@ def memory_timeline(simulation, # of `ftkit.simulate.simulate`
         ax.axvline(phases.index(phase), color='#111', lw=.5)
         ax.annotate(phase, (phases.index(phase), 1), xycoords=('data', 'axes fraction'), fontsize=8, va='bottom')
     ax.set(xlim=(0, len(by)-1), xticks=[], ylabel='GiB')
+    if at is not None: _look(ax, by, phases, round(at*(len(by)-1)))
     ax.spines[['top', 'right']].set_visible(False)
     ax.figure.legend(frameon=False, ncol=5, loc='outside lower center', fontsize=8)
     return ax.figure
+
+def _look(ax, by, phases, k):
+    "A line at a moment, and what is there"
+    most = sorted(by[k].items(), key=lambda x: -x[1])[:4]
+    said = ', '.join(f'{kind} {n:.2f}' for kind,n in most if n > .005)
+    ax.axvline(k, color='#b91c1c', lw=1.2)
+    ax.set_title(f'{phases[k]}, {sum(by[k].values()):.2f} GiB: {said}', fontsize=9, pad=16)
 
 # %% ../nbs/70_show.ipynb #1245afb5
 def before_after(before, # `Score` of the base model

@@ -2,7 +2,7 @@
 
 Talk to a model (`chat_box`), look at rows (`token_browser`), type a conversation and see what is trained (`template_lab`, `diff_lab`), be
 advised (`chooser`, `adapter_chooser`), and turn the knobs of an adapter (`lora_lab`), of four-bit weights (`nf4_lab`), of a step's memory
-(`memory_lab`), of packing, schedules and batches (`packing_lab`, `schedule_lab`, `batch_lab`), of DPO, GRPO and rewards (`dpo_lab`,
+(`memory_lab`, `what_if_lab`, `timeline_lab`), of packing, schedules and batches (`packing_lab`, `schedule_lab`, `batch_lab`), of DPO, GRPO and rewards (`dpo_lab`,
 `grpo_lab`, `reward_bench`). Where there is no front end, in tests, in a terminal and on the docs page, each is the picture it begins with.
 
 Docs: https://ftkit.github.io/ftkit/widgets.html.md"""
@@ -11,8 +11,8 @@ Docs: https://ftkit.github.io/ftkit/widgets.html.md"""
 
 # %% auto #0
 __all__ = ['TARGETS', 'GPUS', 'still', 'html', 'lab', 'number', 'power', 'reply', 'talk', 'chat_box', 'token_browser',
-           'template_lab', 'diff_lab', 'chooser', 'adapter_chooser', 'lora_lab', 'nf4_lab', 'memory_lab', 'packing_lab',
-           'schedule_lab', 'batch_lab', 'dpo_lab', 'grpo_lab', 'reward_bench']
+           'template_lab', 'diff_lab', 'chooser', 'adapter_chooser', 'lora_lab', 'nf4_lab', 'memory_lab', 'what_if_lab',
+           'timeline_lab', 'packing_lab', 'schedule_lab', 'batch_lab', 'dpo_lab', 'grpo_lab', 'reward_bench']
 
 # %% ../nbs/71_widgets.ipynb #4ea9558b
 import os, sys
@@ -22,9 +22,9 @@ from .choose import APPROACH, METHOD, choose_adapter, choose_approach, choose_me
 from .chat import TEMPLATES, set_template
 from .core import FtkitError
 from .explore import advice_table, batch_table, dpo_picture, grpo_picture
-from .explore import packing_picture, reward_table, schedule_picture
+from .explore import packing_picture, reward_table, schedule_picture, what_if_table
 from .generate import generate
-from .show import lora_picture, memory_bars, nf4_picture
+from .show import lora_picture, memory_bars, memory_timeline, nf4_picture
 from .show import show_tokens, template_diff, template_view, transcript
 from .view import View, words
 
@@ -279,6 +279,29 @@ def memory_lab(model,     # a config, as in `ftkit.memory.read_config`
     return lab(lambda **knobs: picture(memory.estimate(model, **memory.usual(**settings | knobs))),
                'memory of a step', length=power(now['length'], 8, 16), batch=power(now['batch'], 0, 7), **choice,
                checkpointing=w.Checkbox(bool(now['checkpointing'])))
+
+# %% ../nbs/71_widgets.ipynb #846c54b9
+def what_if_lab(model,      # a config, as in `ftkit.memory.read_config`
+                gpu='t4',   # to begin with, a key of `ftkit.memory.GPUS`
+                **settings  # to begin with, of `estimate`; those of `ftkit.memory.usual` where none are given
+               ):           # a widget, or the table it begins with where there is no front end
+    "Turn GPU, method, length and batch, and see what each change would save"
+    from ftkit import memory
+    now = memory.usual(gpu, **dict(length=2048, batch=1) | settings)
+    if still(): return what_if_table(model, gpu, **now)
+    import ipywidgets as w
+    return lab(lambda **knobs: what_if_table(model, **settings | knobs), 'what each change would save',
+               gpu=w.Dropdown(options=[*memory.GPUS], value=gpu), length=power(now['length'], 8, 16),
+               method=w.Dropdown(options=memory.METHODS, value=now['method']), batch=power(now['batch'], 0, 7),
+               checkpointing=w.Checkbox(bool(now['checkpointing'])))
+
+# %% ../nbs/71_widgets.ipynb #8ec58ec8
+def timeline_lab(simulation, # of `ftkit.simulate.simulate`
+                 at=.5       # share of the step, to begin with
+                ):           # a widget, or the picture it begins with where there is no front end
+    "Go through a step, and see what is in memory at each moment"
+    if still(): return memory_timeline(simulation, at=at)
+    return lab(partial(memory_timeline, simulation), 'memory during a step', at=number(at, 0, 1, .01))
 
 # %% ../nbs/71_widgets.ipynb #5a004cd1
 def packing_lab(lengths,         # tokens of each document

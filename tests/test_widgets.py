@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ.pop('IN_TEST', None)
 from ftkit.live import *
 from ftkit.models import load_model, load_tokenizer
+from ftkit.simulate import simulate
+from transformers import AutoConfig
 from ftkit.tasks import rows
 from ftkit.widgets import *
 tok = load_tokenizer('embedded')
@@ -16,6 +18,7 @@ model = load_model('embedded', tok, adapter=None)
 chats = [r['messages'] for r in rows(3)]
 llama = dict(model_type='llama', hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
              vocab_size=128256, intermediate_size=8192)
+traced = simulate(AutoConfig.for_model(**llama | dict(num_hidden_layers=2)), length=256, loss='plain')
 folder,numbers = tempfile.TemporaryDirectory(),itertools.count()
 run = Path(folder.name)
 lines = [dict(step=step, prompt='Add 2 and 3.', completion=str(n), scores=[float(n == 5)], advantage=n-5.)
@@ -47,6 +50,10 @@ CASES = dict(
         ('optim', 'sgd', None), ('length', 4096, None), ('batch', 4, None), ('method', 'qlora', None),
         ('attention', 'eager', None), ('loss', 'plain', None), ('checkpointing', True, None),
         ('objective', 'dpo', None)]),
+    what_if_lab=Case("what_if_lab(llama, 'l4')", [
+        ('gpu', 'h200', 'on h200'), ('length', 8192, None), ('method', 'full', None), ('batch', 8, None),
+        ('checkpointing', True, None)]),
+    timeline_lab=Case('timeline_lab(traced)', [('at', .9, None)]),
     template_lab=Case('template_lab(tok, chats[0])', [
         ('template', 'llama3', 'header'), ('train on', 'all', None), ('1 user', 'Add 1 and 1.', None),
         ('2 assistant', '2', None)]),
