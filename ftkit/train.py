@@ -31,6 +31,9 @@ from .with_trl import trl_trainer
 # %% ../nbs/40_train.ipynb #2d0e660a
 class _Sums:
     "Sums over the batches of a step, or of an evaluation, divided once"
+    head,shape,tokens = None,None,0 # shape: of the last batch
+    counted = None # what a step was counted to take, and took
+
     def add(self, mode, metrics):
         for name,two in metrics.items():
             old = self.sums[mode].get(name, (0, 0))
@@ -111,8 +114,7 @@ def _trainer(objective, loss, reference, *args, **kwargs):
 
     class ObjectiveTrainer(_Sums, Trainer):
         def __init__(self, *args, **kwargs):
-            self.head,self.reference,self.tokens,self.sums,self.shape = None,reference,0,dict(train={}, eval={}),None
-            self.how,self.counted = reference and reference.how,None # what steps were counted to take, and took
+            self.reference,self.how,self.sums = reference,reference and reference.how,dict(train={}, eval={})
             super().__init__(*args, **kwargs)
             if reference and reference.how == 'copy': reference.model.to(self.args.device)
 
