@@ -46,11 +46,11 @@ def batch_table(target=32,      # rows in a step
     return table(('rows at a time', 'times', 'GPUs', 'rows in a step'), rows, text_columns=0)
 
 # %% ../nbs/70_explore.ipynb #c359aef7
-def _tried(model, gpu, s, change):
+def _tried(model, gpu, start, change):
     "(GiB that a change saves, verdict) by itself"
-    try: e = estimate(model, **s | change)
+    try: e = estimate(model, **start.setting | change)
     except NotCounted: return '?', 'not counted'
-    return f'{(estimate(model, **s).allocated - e.allocated)/2**30:.2f}', fits(e, gpu).verdict
+    return f'{(start.allocated - e.allocated)/2**30:.2f}', fits(e, gpu).verdict
 
 def what_if_table(model,      # a config, as in `ftkit.memory.read_config`
                   gpu='t4',   # as in `ftkit.memory.fits`
@@ -59,11 +59,11 @@ def what_if_table(model,      # a config, as in `ftkit.memory.read_config`
     "What each change alone would save of a step's memory, and whether it then fits"
     start = estimate(model, **usual(gpu, **settings))
     fit,s = fits(start, gpu),start.setting
-    rows = [(text, *_tried(model, gpu, s, new)) for text,change in CHANGES if (new := change(s, gpu))]
-    needed = [] if fit.verdict == 'fits' else [c.text for c in changes(model, gpu, **s)]
-    note = f"together: {'; '.join(needed)}" if needed else ''
+    rows = [(text, *_tried(model, gpu, start, new)) for text,change in CHANGES if (new := change(s, gpu))]
+    needed = [] if fit.verdict == 'fits' else [c for c in changes(model, gpu, **s) if c.fit is not None]
+    note = f"together ({needed[-1].fit.verdict}): {'; '.join(c.text for c in needed)}" if needed else ''
     now = f'{fit.needed/2**30:.2f} GiB on {fit.gpu}', '', fit.verdict
-    return table(('what if', 'GiB less', 'then it'), [now, *rows], note)
+    return table(('what if', 'GiB less', 'verdict'), [now, *rows], note)
 
 # %% ../nbs/70_explore.ipynb #82fd6698
 def schedule_picture(name='linear', # one of `ftkit.hparams.SCHEDULES`
